@@ -1,0 +1,1 @@
+"""Guides, and the generator of everything that is drawn from cards and records."""

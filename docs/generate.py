@@ -1,0 +1,139 @@
+"""Fills the generated blocks of the README and the cards from the methods' cards and the records in ``results/``.
+
+A block is what stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``.
+
+    python -m docs.generate           # rewrite them
+    python -m docs.generate --check   # fail if one is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import secateur as sc
+from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
+from secateur.bench.statistics import interval
+
+ROOT = Path(__file__).parent.parent
+FILES = ("README.md", "src/secateur/methods/*.md")
+
+
+def main() -> None:
+    """Rewrite every block, or check that none would change."""
+    stale = []
+    for path in sorted(file for pattern in FILES for file in ROOT.glob(pattern)):
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(filled, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"Out of date: {', '.join(stale)}. Run: python -m docs.generate")
+
+
+def fill(text: str) -> str:
+    """Return a document with every block filled anew.
+
+    Raises:
+        KeyError: A block of an unknown name.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = match["name"].split()
+        return f"{match['begin']}\n{BLOCKS[name](*arguments)}\n{match['end']}"
+
+    pattern = r"(?P<begin><!-- begin: (?P<name>[\w -]+) -->)\n.*?(?P<end><!-- end -->)"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+def methods_table() -> str:
+    """Return the table of all methods."""
+    rows = [
+        (
+            f"[`{card.name}`](src/secateur/methods/{card.name}.md)",
+            card.summary,
+            ", ".join(card.granularity),
+            card.data,
+            card.paradigm,
+        )
+        for card in sc.methods()
+    ]
+    return markdown_table(("method", "what it does", "units", "data", "paradigm"), rows)
+
+
+def demo_table() -> str:
+    """Return the demo's table from its record."""
+    record = read("demo/digits.json")
+    content = table_of(record)
+    table = markdown_table(content.head, content.rows)
+    words = f"{verdict_of(record)} {LEGEND} ± is the 95 % interval over 3 seeds. {machine(record)}"
+    return f"{headline_of(record)}.\n\n{table}\n\n{words}"
+
+
+def criteria_table(method: str) -> str:
+    """Return the rows of one method from the comparison of criteria on digits, with random beside it."""
+    record = read("benchmarks/criteria_on_digits.json")
+    rows = []
+    for arm in record["arms"]:
+        if arm["method"] not in (method, "random"):
+            continue
+        cells = [f"`{arm['label']}`"]
+        for epochs in record["epochs"]:
+            runs = interval([100 * a for a in arm["test_accuracy"][str(epochs)]])
+            cells.append(f"{runs.mean:.2f} ± {runs.half_width:.2f}")
+        rows.append(cells)
+    head = ["settings", *(f"after {e:g} epoch{'s' * (e != 1)} (%)" for e in record["epochs"])]
+    return f"{markdown_table(head, rows)}\n\n{machine(record)}"
+
+
+def oracle_table() -> str:
+    """Return the rank correlations of Taylor scores with the true change of the loss."""
+    record = read("benchmarks/taylor_oracle.json")
+    splits = list(record["spearman"])
+    axes = list(record["spearman"][splits[0]])
+    rows = [(f"`{axis}`", *(f"{record['spearman'][split][axis]:.2f}" for split in splits)) for axis in axes]
+    return f"{markdown_table(('axis', *splits), rows)}\n\n{machine(record)}"
+
+
+def benchmark_lines() -> str:
+    """Return one line per benchmark of speed."""
+    lines = []
+    for name in ("masked_training", "analysis_time", "scoring_cost"):
+        record = read(f"benchmarks/{name}.json")
+        lines.append(f"- {record['claim']}: **{record['result']}** (`python -m benchmarks.{name}`)")
+    return "\n".join(lines)
+
+
+def read(path: str) -> Any:
+    """Return a record of the folder ``results``."""
+    return json.loads((ROOT / "results" / path).read_text(encoding="utf-8"))
+
+
+def machine(record: Any) -> str:
+    """Return where a record was made, in one line."""
+    facts = record["environment"]
+    return f"Measured on {facts['processor']} ({facts['cores']} cores), torch {facts['torch']}."
+
+
+def markdown_table(head: Any, rows: Any) -> str:
+    """Return a table in Markdown."""
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+BLOCKS: dict[str, Callable[..., str]] = {
+    "methods": methods_table,
+    "demo": demo_table,
+    "criteria": criteria_table,
+    "oracle": oracle_table,
+    "benchmarks": benchmark_lines,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""secateur prunes neural networks: physically smaller, proved equal to the masked network, measured in real engines."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.api import load, prune, save
+    from secateur.core.budget import Budget
+    from secateur.core.context import Context
+    from secateur.core.masks import Masks
+    from secateur.core.method import Method, method, methods
+    from secateur.core.recipe import Recipe
+    from secateur.core.slots import Criterion, Scope
+    from secateur.errors import SecateurError
+    from secateur.measure.latency import Latency, compare_latency, measure_latency
+    from secateur.measure.profile import Profile, profile
+    from secateur.pruned import Pruned
+    from secateur.structure.structure import Axis, Structure
+    from secateur.structure.trace import trace
+    from secateur.structure.verify import Verification
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Imported on first use, so that `secateur --help` need not wait for PyTorch.
+_HOMES = {
+    "Axis": "structure.structure",
+    "Budget": "core.budget",
+    "Context": "core.context",
+    "Criterion": "core.slots",
+    "Latency": "measure.latency",
+    "Masks": "core.masks",
+    "Method": "core.method",
+    "Profile": "measure.profile",
+    "Pruned": "pruned",
+    "Recipe": "core.recipe",
+    "Scope": "core.slots",
+    "SecateurError": "errors",
+    "Structure": "structure.structure",
+    "Verification": "structure.verify",
+    "compare_latency": "measure.latency",
+    "load": "api",
+    "measure_latency": "measure.latency",
+    "method": "core.method",
+    "methods": "methods",
+    "profile": "measure.profile",
+    "prune": "api",
+    "save": "api",
+    "trace": "structure.trace",
+}
+
+__all__ = [
+    "Axis",
+    "Budget",
+    "Context",
+    "Criterion",
+    "Latency",
+    "Masks",
+    "Method",
+    "Profile",
+    "Pruned",
+    "Recipe",
+    "Scope",
+    "SecateurError",
+    "Structure",
+    "Verification",
+    "compare_latency",
+    "load",
+    "measure_latency",
+    "method",
+    "methods",
+    "profile",
+    "prune",
+    "save",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    module = import_module(f"secateur.{_HOMES[name]}")
+    return module if name == "methods" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Experiments: several runs, compared fairly, with intervals."""

@@ -1,0 +1,36 @@
+"""Cost in multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+
+from secateur.core.units import Cost, LinearCost, Units
+from secateur.errors import NotApplicable
+from secateur.measure.profile import count_macs
+from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.weight import WeightUnits
+
+
+@singledispatch
+def macs_cost(units: Units) -> Cost:
+    """Return the multiply-adds of one call of the example inputs (effective ones, where pruning only zeroes)."""
+    raise NotApplicable(f"A budget in MACs is not defined for {type(units).__name__}.")
+
+
+@macs_cost.register
+def _(units: ChannelUnits) -> Cost:
+    structure = units.structure
+
+    def cost(counts: Mapping[str, int]) -> float:
+        return structure.macs(counts)
+
+    return cost
+
+
+@macs_cost.register
+def _(units: WeightUnits) -> Cost:
+    counted = count_macs(units.model, units.inputs)
+    per_unit = {name: counted.by_parameter.get(name, 0) / shape.numel() for name, shape in units.shapes.items()}
+    inside = sum(counted.by_parameter.get(name, 0) for name in units.shapes)
+    return LinearCost(per_unit, fixed=counted.total - inside)

@@ -1,0 +1,36 @@
+"""Cost in bytes of parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+from math import prod
+
+from secateur.core.units import Cost, Units
+from secateur.errors import NotApplicable
+from secateur.parts.granularity.channel import ChannelUnits
+from secateur.structure.dims import size_under
+from secateur.structure.inputs import state_of
+
+
+@singledispatch
+def bytes_cost(units: Units) -> Cost:
+    """Return the size of the tensors that are left."""
+    raise NotApplicable(
+        f"A budget in bytes needs units that are removed physically; {type(units).__name__} only zeroes weights. "
+        "Use granularity='channel', or a budget in sparsity or params."
+    )
+
+
+@bytes_cost.register
+def _(units: ChannelUnits) -> Cost:
+    structure = units.structure
+    item_sizes = {name: tensor.element_size() for name, tensor in state_of(units.model).items()}
+
+    def cost(counts: Mapping[str, int]) -> float:
+        sizes = structure.sizes(counts)
+        return sum(
+            item_sizes[name] * prod(size_under(dim, sizes) for dim in dims) for name, dims in structure.tensors.items()
+        )
+
+    return cost

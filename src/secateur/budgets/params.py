@@ -1,0 +1,39 @@
+"""Cost in parameters, and in units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+
+from secateur.core.units import Cost, LinearCost, Units
+from secateur.errors import NotApplicable
+from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.weight import WeightUnits
+
+
+def units_cost(units: Units) -> Cost:
+    """Return the number of kept units."""
+    return LinearCost(dict.fromkeys(units.shapes, 1.0), fixed=units.settled)
+
+
+@singledispatch
+def params_cost(units: Units) -> Cost:
+    """Return the number of parameters that are left (of non-zero ones, where pruning only zeroes)."""
+    raise NotApplicable(f"A budget in parameters is not defined for {type(units).__name__}.")
+
+
+@params_cost.register
+def _(units: ChannelUnits) -> Cost:
+    structure = units.structure
+
+    def cost(counts: Mapping[str, int]) -> float:
+        return structure.params(counts)
+
+    return cost
+
+
+@params_cost.register
+def _(units: WeightUnits) -> Cost:
+    total = sum(p.numel() for p in units.model.parameters())
+    prunable = sum(p.numel() for p in units.parameters().values())
+    return LinearCost(dict.fromkeys(units.shapes, 1.0), fixed=total - prunable)

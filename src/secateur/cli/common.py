@@ -1,0 +1,112 @@
+"""What several commands share: progress bars, JSON, and objects named ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from secateur.errors import InvalidRecipe
+
+if TYPE_CHECKING:
+    from secateur.training.hooks import TrainingState
+
+console = Console()
+messages = Console(stderr=True)
+"""Progress and remarks; results alone go to standard output."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as JSON."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=messages,
+        transient=True,
+    )
+
+
+@contextmanager
+def training_progress(description: str) -> Iterator[Callable[[TrainingState], None]]:
+    """Show the steps of a training run; yields what to pass as ``on_step``."""
+    with progress_bar() as progress:
+        bar = progress.add_task(description, total=None, note="")
+
+        def on_step(state: TrainingState) -> None:
+            progress.update(bar, total=state.last_step, completed=state.step, note=f"loss {state.loss:.3f}")
+
+        yield on_step
+
+
+def import_object(reference: str) -> Any:
+    """Return the object that ``module:name`` names; modules in the working directory are found too.
+
+    Raises:
+        InvalidRecipe: The module or the name does not exist.
+    """
+    module_name, colon, name = reference.partition(":")
+    if not colon or not name:
+        raise InvalidRecipe(f"{reference!r} must have the form module:function, for example networks:make_model.")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InvalidRecipe(
+            f"Cannot import the module of {reference!r}: {error}. Run from the folder that holds it."
+        ) from error
+    if not hasattr(module, name):
+        raise InvalidRecipe(f"The module {module_name!r} has no {name!r}. It has: {', '.join(_public(module)[:8])}.")
+    return getattr(module, name)
+
+
+def call_object(reference: str) -> Any:
+    """Return what the function ``module:function`` returns.
+
+    Raises:
+        InvalidRecipe: It cannot be called without arguments.
+    """
+    function = import_object(reference)
+    if not callable(function):
+        raise InvalidRecipe(f"{reference!r} is not a function.")
+    try:
+        return function()
+    except TypeError as error:
+        raise InvalidRecipe(f"{reference!r} must be callable without arguments: {error}.") from error
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Return the shape in ``1,3,224,224`` or ``1x3x224x224``.
+
+    Raises:
+        InvalidRecipe: It is not one.
+    """
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise InvalidRecipe(f"{text!r} is not a shape; write for example 1,3,224,224.") from error
+    if not shape or min(shape) < 1:
+        raise InvalidRecipe(f"{text!r} is not a shape: every size must be at least 1.")
+    return shape
+
+
+def _public(module: Any) -> list[str]:
+    return sorted(name for name in vars(module) if not name.startswith("_"))

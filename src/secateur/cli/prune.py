@@ -1,0 +1,155 @@
+"""``secateur prune RECIPE.yaml``: prunes a network of a task, or the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import Field
+
+from secateur.cli.common import (
+    JsonOption,
+    call_object,
+    console,
+    import_object,
+    parse_shape,
+    print_json,
+    training_progress,
+)
+from secateur.core.budget import Budget
+from secateur.core.value import Value
+from secateur.errors import InvalidRecipe
+
+
+class RunFile(Value):
+    """What a recipe file may say: a network, a budget, and the slots of a recipe.
+
+    Attributes:
+        task: A task of secateur; instead of model, data and example.
+        network: A network of the task.
+        model: ``module:function`` that makes the network, trained.
+        data: ``module:function`` that returns training batches, or a pair (training, validation).
+        example: ``module:function`` that returns example inputs, or a shape.
+        loss: ``module:function(output, target)``; default: cross-entropy, or the model's own.
+        method: A method's name.
+        budget: One of macs, params, sparsity, bytes, latency_ms.
+        seed: Controls every random choice.
+        precision: Of the recovery: ``32-true`` or ``bf16-mixed``.
+        recipe: Slots that differ from the method's: granularity, recovery, schedule ...
+    """
+
+    task: str | None = None
+    network: str | None = None
+    model: str | None = None
+    data: str | None = None
+    example: str | tuple[int, ...] | None = None
+    loss: str | None = None
+    method: str = "magnitude"
+    budget: Budget
+    seed: int = 0
+    precision: str = "32-true"
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: network, budget, method, slots.")],
+    out: Annotated[Path, typer.Option(help="Folder for the network, the record and the report.")] = Path("pruned"),
+    model: Annotated[str | None, typer.Option(help="module:function, instead of the file's model.")] = None,
+    data: Annotated[str | None, typer.Option(help="module:function, instead of the file's data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the file's seed.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a network as a recipe file says; writes model.safetensors, record.json and report.html."""
+    from secateur.api import prune, save
+
+    changes = {"model": model, "data": data, "seed": seed}
+    run = read_run_file(recipe, {k: v for k, v in changes.items() if v is not None})
+    subject = _subject(run)
+    with training_progress(f"{run.method} on {run.network or run.model or run.task}") as on_step:
+        pruned = prune(
+            subject["model"],
+            subject["example"],
+            budget=run.budget,
+            method=run.method,
+            data=subject["train"],
+            validation=subject["validation"],
+            loss=import_object(run.loss) if run.loss else subject["loss"],
+            precision=run.precision,
+            seed=run.seed,
+            on_step=on_step,
+            **run.recipe,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    save(pruned, out / "model.safetensors")
+    record = {**pruned.about(), "history": pruned.history, "run": run.model_dump(mode="json", exclude_none=True)}
+    if subject["test"] is not None:
+        record["test_accuracy"] = {"before": subject["test"](subject["model"]), "after": subject["test"](pruned.model)}
+    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    pruned.report(out / "report.html")
+    if as_json:
+        print_json(record)
+        return
+    before, after = pruned.before, pruned.after
+    console.print(f"MACs        {before.macs:>14,} -> {after.macs:,} ({after.macs / before.macs:.3f})")
+    console.print(f"parameters  {before.params:>14,} -> {after.params:,} ({after.params / before.params:.3f})")
+    if after.params == before.params:
+        console.print(f"non-zero    {before.nonzero_params:>14,} -> {after.nonzero_params:,}")
+    if "test_accuracy" in record:
+        accuracy = record["test_accuracy"]
+        console.print(f"accuracy    {100 * accuracy['before']:>12.2f} % -> {100 * accuracy['after']:.2f} % (test)")
+    console.print(f"Wrote {out}/model.safetensors, record.json and report.html.")
+
+
+def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
+    """Return the content of a recipe file.
+
+    Raises:
+        InvalidRecipe: The file is missing, is not YAML, or says something unknown.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRecipe(f"Cannot read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidRecipe(f"{path} must hold keys and values (task or model, budget, method ...).")
+    return RunFile(**{**content, **(changes or {})})
+
+
+def _subject(run: RunFile) -> dict[str, Any]:
+    """Return model, example inputs, training and validation batches, and a test metric if there is one."""
+    import torch
+
+    from secateur.tasks import find_task
+    from secateur.tasks.reference import load_reference
+
+    if (run.task is None) == (run.model is None):
+        raise InvalidRecipe("A recipe file names either a task, or a model (module:function) with data and example.")
+    if run.task is not None:
+        task = find_task(run.task)
+        return {
+            "model": load_reference(task, run.network),
+            "example": task.example(),
+            "train": task.train_batches(run.seed),
+            "validation": task.splits.validation.batches(500),
+            "test": task.test_accuracy,
+            "loss": task.loss,
+        }
+    if run.example is None:
+        raise InvalidRecipe("A model needs example: a shape such as [1, 3, 224, 224], or module:function.")
+    data = call_object(run.data) if run.data is not None else None
+    train, validation = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    is_function = isinstance(run.example, str) and ":" in run.example
+    shape = run.example if isinstance(run.example, tuple) else parse_shape(run.example) if not is_function else ()
+    return {
+        "model": call_object(str(run.model)),
+        "example": call_object(str(run.example)) if is_function else torch.zeros(shape),
+        "train": train,
+        "validation": validation,
+        "test": None,
+        "loss": None,
+    }

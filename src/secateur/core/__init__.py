@@ -1,0 +1,1 @@
+"""The framework: recipes, scoring contexts, selection, masks, schedules and the engine."""

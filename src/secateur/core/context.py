@@ -1,0 +1,214 @@
+"""What a criterion may look at: weights, and lazily gradients, activations, curvature. It counts what was used.
+
+Whatever is asked, the model is left bit-identical: parameters, buffers, gradients, modes, random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_device
+from secateur.core.units import Scores, Units
+from secateur.errors import DataNeeded, NotApplicable
+
+Values = dict[str, Tensor]
+"""One tensor per prunable parameter, by name."""
+
+Collect = Callable[[str, nn.Module, Tensor, Tensor], None]
+"""Called with (parameter name, module, its first input, its output)."""
+
+
+class Context:
+    """The view of a model, its units and some data that a criterion scores from.
+
+    Attributes:
+        units: The units to score.
+        generator: A random generator that the run's seed controls.
+        batches_used: Batches that went through the model so far, repeated passes counted.
+        samples_used: Samples likewise.
+    """
+
+    def __init__(self, units: Units, data: Data | None = None, loss: Loss | None = None, seed: int = 0) -> None:
+        self.units = units
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batches_used = 0
+        self.samples_used = 0
+        self._data = data
+        self._loss = loss
+        self._gradients: Values | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; a criterion must not change it."""
+        return self.units.model
+
+    @property
+    def weights(self) -> Values:
+        """The prunable parameters, detached; no copies."""
+        return {name: parameter.detach() for name, parameter in self.units.parameters().items()}
+
+    def sum_over_units(self, values: Mapping[str, Tensor], consumed: bool = False) -> Scores:
+        """Return, for each unit, the sum of element-wise values over its entries; see `Units.sum`."""
+        return self.units.sum(values, consumed)
+
+    # ------------------------------------------------------------------------------------------- gradients
+
+    def gradients(self) -> Values:
+        """Return the gradient of the mean loss over all data; computed once."""
+        if self._gradients is None:
+            total: Values = {}
+            samples = 0
+            for gradient, n in self._gradient_batches():
+                samples += n
+                if total:
+                    torch._foreach_add_(list(total.values()), list(gradient.values()), alpha=n)
+                else:
+                    total = dict(zip(gradient, torch._foreach_mul(list(gradient.values()), n), strict=True))
+            torch._foreach_div_(list(total.values()), samples)
+            self._gradients = total
+        return self._gradients
+
+    def gradient_batches(self) -> Iterator[Values]:
+        """Yield the gradient of the mean loss of each batch, in one pass over the data."""
+        for gradient, _ in self._gradient_batches():
+            yield gradient
+
+    def hessian_vector_product(self, vectors: Mapping[str, Tensor]) -> Values:
+        """Return the Hessian of the mean loss over all data times `vectors` (one tensor per prunable parameter)."""
+        names = list(self.units.parameters())
+        total = {name: torch.zeros_like(vectors[name]) for name in names}
+        samples = 0
+        for batch, n in self._batches():
+            with self._undisturbed() as parameters:
+                first = torch.autograd.grad(
+                    self._batch_loss(batch), parameters, create_graph=True, materialize_grads=True
+                )
+                slope = torch.stack([(g * vectors[name]).sum() for g, name in zip(first, names, strict=True)]).sum()
+                second = torch.autograd.grad(slope, parameters, materialize_grads=True)
+            products = self._mean_over_processes(dict(zip(names, second, strict=True)), n)
+            samples += n
+            torch._foreach_add_(list(total.values()), list(products.values()), alpha=n)
+        torch._foreach_div_(list(total.values()), samples)
+        return total
+
+    def _gradient_batches(self) -> Iterator[tuple[Values, int]]:
+        for batch, n in self._batches():
+            with self._undisturbed() as parameters:
+                gradient = torch.autograd.grad(self._batch_loss(batch), parameters, materialize_grads=True)
+            yield self._mean_over_processes(dict(zip(self.units.parameters(), gradient, strict=True)), n), n
+
+    # ------------------------------------------------------------------------------------------ activations
+
+    def activations(self, collect: Collect) -> None:
+        """Run all data through the model and hand each prunable layer's input and output to `collect`."""
+        handles = []
+
+        def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            return lambda module, inputs, output: collect(name, module, inputs[0], output)
+
+        try:
+            for name in self.units.parameters():
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                if name.endswith(".weight"):
+                    handles.append(module.register_forward_hook(listener(name)))
+            for batch, _ in self._batches():
+                with self._undisturbed(), torch.inference_mode():
+                    self._forward(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def second_moments(self) -> Values:
+        """Return E[x xᵀ] of each linear and convolutional layer's input, by the name of its weight.
+
+        Convolution inputs are patches. Shape (in, in) with in = the number of columns of the weight as a matrix; for
+        grouped convolutions (groups, in, in). Accumulated in float64, batch by batch.
+        """
+        sums: Values = {}
+        counts: dict[str, int] = {}
+
+        def collect(name: str, module: nn.Module, x: Tensor, _: Tensor) -> None:
+            rows = _input_rows(module, x).double()
+            moment = torch.einsum("gri,grj->gij", rows, rows)
+            sums[name] = sums[name] + moment if name in sums else moment
+            counts[name] = counts.get(name, 0) + rows.shape[1]
+
+        self.activations(collect)
+        return {name: (moment / counts[name]).squeeze(0) for name, moment in sums.items()}
+
+    # ----------------------------------------------------------------------------------------------- inside
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        if self._data is None:
+            raise DataNeeded(
+                "This criterion needs data, and none was given. Pass data=, an iterable of (inputs, target)."
+            )
+        device = next(self.model.parameters()).device
+        empty = True
+        for batch in self._data:
+            empty = False
+            n = batch_size(batch)
+            self.batches_used += 1
+            self.samples_used += n
+            yield to_device(batch, device), n
+        if empty:
+            raise DataNeeded(
+                "The data are empty. If they are a generator, pass a list or a DataLoader: it is read twice."
+            )
+
+    def _forward(self, batch: Any) -> Any:
+        args, kwargs, _ = split_batch(batch)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return torch.func.functional_call(self.model, buffers, args, kwargs)
+
+    def _batch_loss(self, batch: Any) -> Tensor:
+        loss = self._loss or default_loss(batch)
+        return loss(self._forward(batch), split_batch(batch)[2])
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[list[nn.Parameter]]:
+        """Eval mode, own random state, gradients of the prunable parameters switched on; all restored."""
+        parameters = list(self.units.parameters().values())
+        modes = [(module, module.training) for module in self.model.modules()]
+        frozen = [p for p in parameters if not p.requires_grad]
+        with torch.random.fork_rng(), torch.enable_grad():
+            try:
+                for module, _ in modes:
+                    module.training = False
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                yield parameters
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+                for module, training in modes:
+                    module.training = training
+
+    def _mean_over_processes(self, values: Values, n: int) -> Values:
+        """Return the mean over the samples of all processes, so that every process sees the same scores."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return values
+        total = torch.tensor(float(n), dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        for value in values.values():
+            value.mul_(n / total.item())
+            torch.distributed.all_reduce(value)
+        return values
+
+
+def _input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return a layer's input as (groups, samples and positions, columns of the weight)."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple):
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        n, columns, positions = patches.shape
+        grouped = patches.view(n, module.groups, columns // module.groups, positions)
+        return grouped.permute(1, 0, 3, 2).reshape(module.groups, n * positions, columns // module.groups)
+    raise NotApplicable(f"Second moments are known for Linear and Conv2d layers, not for {type(module).__name__}.")

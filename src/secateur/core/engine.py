@@ -1,0 +1,127 @@
+"""The engine: the one loop that every recipe runs through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.core.batches import Data, Loss
+from secateur.core.budget import Budget
+from secateur.core.context import Context
+from secateur.core.recipe import Recipe
+from secateur.core.select import select
+from secateur.core.slots import Level
+from secateur.core.units import Cost, Units
+from secateur.errors import BudgetUnreachable, MissingCheckpoint, NothingPrunable
+
+Checkpoints = Mapping[str | int, Mapping[str, Tensor]]
+"""State dicts of the unpruned model: ``init``, and training steps by number."""
+
+Recover = Callable[[Units, Level, float], None]
+"""Called with (units, the level just reached, where its recovery ends in [0, 1])."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened at one pruning moment."""
+
+    keep: float
+    """Asked share of the dense cost."""
+    cost: float
+    """Reached cost."""
+    counts: Mapping[str, int]
+    """Units left in each group that can shrink further."""
+    samples_used: int
+    """Samples that the scores took."""
+
+
+def run(
+    recipe: Recipe,
+    units: Units,
+    budget: Budget,
+    cost_of: Callable[[Units], Cost],
+    recover: Recover,
+    *,
+    data: Data | None = None,
+    loss: Loss | None = None,
+    checkpoints: Checkpoints | None = None,
+    seed: int = 0,
+) -> list[Round]:
+    """Prune `units` to `budget` as `recipe` says; `units.model` is the result.
+
+    Args:
+        recipe: What to do.
+        units: What can be removed.
+        budget: How much may stay.
+        cost_of: The cost of the budgeted quantity by kept units.
+        recover: Repairs the network after each pruning moment.
+        data: What the criterion may look at.
+        loss: Loss for criteria that need gradients.
+        checkpoints: Weights of other moments, for `mask_from` and `weights_from`.
+        seed: Controls every random choice.
+
+    Returns:
+        What happened at each pruning moment.
+
+    Raises:
+        NothingPrunable: There is no unit.
+        BudgetUnreachable: The budget allows everything, or less than the smallest network.
+    """
+    if not units.shapes:
+        raise NothingPrunable("No unit of this model may be removed. `secateur inspect` shows what is frozen and why.")
+    dense = cost_of(units)(units.counts())
+    target = budget.target(dense)
+    if target >= dense:
+        raise BudgetUnreachable(
+            f"The network already meets the budget: it costs {dense:,.6g} of {target:,.6g} allowed."
+        )
+    levels = recipe.schedule.levels(target / dense)
+    if levels[0].at > 0:
+        recover(units, Level(0.0, 1.0), levels[0].at)
+    rounds = []
+    for i, level in enumerate(levels):
+        context = Context(units, data, loss, seed + i)
+        with _weights_of(recipe.mask_from, units, checkpoints):
+            scores = recipe.criterion.score(context)
+        units.check(scores)
+        priorities = recipe.allocation.rank(scores)
+        for group, gone in units.removed().items():
+            priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
+        allowed = target if i == len(levels) - 1 else level.keep * dense
+        units.keep(select(priorities, cost_of(units), allowed, units.limits, budget.tolerance))
+        if recipe.weights_from == "fresh":
+            units.redraw()
+        elif recipe.weights_from != "same":
+            units.reset(_checkpoint(checkpoints, recipe.weights_from))
+        counts = units.counts()
+        rounds.append(Round(level.keep, cost_of(units)(counts), counts, context.samples_used))
+        recover(units, level, levels[i + 1].at if i + 1 < len(levels) else 1.0)
+    return rounds
+
+
+@contextmanager
+def _weights_of(source: str | int, units: Units, checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Score on the weights of another moment; the live ones come back afterwards."""
+    if source == "end":
+        yield
+        return
+    live = {name: tensor.clone() for name, tensor in units.model.state_dict().items()}
+    try:
+        units.reset(_checkpoint(checkpoints, source))
+        yield
+    finally:
+        units.model.load_state_dict(live)
+
+
+def _checkpoint(checkpoints: Checkpoints | None, key: str | int) -> Mapping[str, Tensor]:
+    if checkpoints is None or key not in checkpoints:
+        have = ", ".join(map(repr, checkpoints or ())) or "none"
+        raise MissingCheckpoint(
+            f"The recipe takes weights of the checkpoint {key!r}; given: {have}. "
+            "Pass checkpoints={key: state_dict} with the unpruned model's state at that moment."
+        )
+    return checkpoints[key]

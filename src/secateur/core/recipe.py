@@ -1,0 +1,65 @@
+"""The recipe: a pruning run as a frozen value. A method is a recipe plus, sometimes, code of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
+
+from secateur.core import schedule as _stock_schedules  # noqa: F401 (registers their names)
+from secateur.core.slots import Allocation, Criterion, Granularity, Recovery, Schedule, Scope, Slot
+from secateur.core.value import Value
+
+MaskSource = Literal["end", "init"] | NonNegativeInt
+"""``end``: the weights as they are when pruning happens; ``init`` or a step: a checkpoint that was kept."""
+
+WeightSource = Literal["same", "init", "fresh"] | NonNegativeInt
+"""``same``: whatever is live; ``init`` or a step: rewound; ``fresh``: drawn anew (Scratch)."""
+
+
+class Recipe(Value):
+    """Where the mask comes from, where the weights come from, and what happens then.
+
+    A pruned network is ``x -> N(x; M * w')``: the mask M is found on one checkpoint, the weights w' are taken from
+    another, and the network is then trained, or not (Wang et al., arXiv 2103.06460).
+
+    Attributes:
+        criterion: How valuable is a unit?
+        scope: Which tensors may be pruned?
+        mask_from: Scores on which checkpoint?
+        weights_from: Values from which checkpoint?
+        granularity: What is the smallest unit?
+        allocation: How are units shared between groups?
+        schedule: When, in how many steps?
+        recovery: What repairs the network?
+
+    Example:
+        >>> Recipe(criterion="magnitude", granularity="channel").criterion.name
+        'magnitude'
+    """
+
+    criterion: Annotated[SerializeAsAny[Criterion], BeforeValidator(Criterion.parse)]
+    scope: Scope = Scope()
+    mask_from: MaskSource = "end"
+    weights_from: WeightSource = "same"
+    granularity: Annotated[SerializeAsAny[Granularity], BeforeValidator(Granularity.parse)] = "weight"  # type: ignore[assignment]
+    allocation: Annotated[SerializeAsAny[Allocation], BeforeValidator(Allocation.parse)] = "global"  # type: ignore[assignment]
+    schedule: Annotated[SerializeAsAny[Schedule], BeforeValidator(Schedule.parse)] = "one-shot"  # type: ignore[assignment]
+    recovery: Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)] = "none"  # type: ignore[assignment]
+
+    def but(self, **slots: Any) -> Self:
+        """Return the same recipe with some slots answered differently; None leaves a slot as it is."""
+        changes = {name: answer for name, answer in slots.items() if answer is not None}
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    @property
+    def hash(self) -> str:
+        """A name for the recipe that is the same on every machine: 16 hexadecimal digits."""
+        data = self.model_dump(mode="json")
+        for name in type(self).model_fields:
+            answer = getattr(self, name)
+            if isinstance(answer, Slot):
+                data[name]["version"] = answer.version
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

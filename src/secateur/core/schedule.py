@@ -1,0 +1,64 @@
+"""When is pruned, and how much is kept from then on."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from secateur.core.slots import Level, Schedule
+from secateur.errors import InvalidRecipe
+
+
+class OneShot(Schedule):
+    """Everything at once, before the recovery."""
+
+    name = "one-shot"
+
+    def levels(self, keep: float) -> tuple[Level, ...]:
+        """Return one level, at the start."""
+        return (Level(0.0, keep),)
+
+
+class Iterative(Schedule):
+    """The same fraction of what is left, several times, with an equal share of the recovery after each (geometric)."""
+
+    name = "iterative"
+    steps: int = Field(5, ge=1)
+
+    def levels(self, keep: float) -> tuple[Level, ...]:
+        """Return keep^(1/n), keep^(2/n), ..., keep."""
+        n = self.steps
+        return tuple(Level(i / n, keep if i == n - 1 else keep ** ((i + 1) / n)) for i in range(n))
+
+
+class Cubic(Schedule):
+    """Gradual pruning: fast at first, slower towards the end (Zhu & Gupta, arXiv 1710.01878, eq. 1).
+
+    Attributes:
+        steps: Number of pruning moments.
+        start: Where in the recovery the first one is, in [0, 1).
+        end: Where the last one is; the rest of the recovery trains the final network.
+    """
+
+    name = "cubic"
+    restarts: ClassVar[bool] = False
+    steps: int = Field(10, ge=2)
+    start: float = Field(0.0, ge=0, lt=1)
+    end: float = Field(0.75, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.end <= self.start:
+            raise InvalidRecipe(f"A cubic schedule must end after it starts; got start={self.start}, end={self.end}.")
+        return self
+
+    def levels(self, keep: float) -> tuple[Level, ...]:
+        """Return 1 - s with s(t) = s_f - s_f (1 - t)^3 for t = 1/n, ..., 1."""
+        levels = []
+        for i in range(self.steps):
+            progress = (i + 1) / self.steps
+            at = self.start + (self.end - self.start) * i / (self.steps - 1)
+            sparsity = (1 - keep) * (1 - (1 - progress) ** 3)
+            levels.append(Level(at, keep if i == self.steps - 1 else 1 - sparsity))
+        return tuple(levels)

@@ -1,0 +1,183 @@
+"""The only place that turns scores into kept units. Counts are exact, ties are broken by index, nobody thresholds."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.core.units import Cost, Kept, Limits, LinearCost, Scores
+from secateur.errors import BudgetUnreachable
+
+
+def top_k(priorities: Scores, k: int) -> Kept:
+    """Return the `k` units of highest priority over all groups; among equals, those that come first.
+
+    Args:
+        priorities: One number per unit, without NaN.
+        k: How many units to keep, in [0, number of units].
+    """
+    flat = torch.cat([values.flatten() for values in priorities.values()])
+    kept = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    if k > 0:
+        # kthvalue is linear in the number of units; a full sort of 10^8 weights is not.
+        limit = flat.kthvalue(flat.numel() - k + 1).values
+        kept = flat > limit
+        among_equals = (flat == limit).nonzero().flatten()
+        kept[among_equals[: k - int(kept.sum())]] = True
+    return _split(kept, priorities)
+
+
+def select(priorities: Scores, cost: Cost, target: float, limits: Limits | None = None, tolerance: float = 0.0) -> Kept:
+    """Return the largest set of highest priorities whose cost is at most `target`.
+
+    Units leave one by one, lowest priority first (among equals the last one first), until the cost is met. Then those
+    that still fit come back, highest priority first, because the last unit to leave may have been a large one. With
+    `limits.multiple` units leave in chunks, with `limits.ties` in step.
+
+    Args:
+        priorities: One number per unit, comparable between groups, without NaN.
+        cost: The cost of keeping so many units of each group; must not fall when a count rises.
+        target: The allowed cost.
+        limits: Floors, multiples and ties.
+        tolerance: Accepted overshoot relative to `target` when even the smallest network costs more.
+
+    Raises:
+        BudgetUnreachable: The smallest network that the limits allow costs more.
+    """
+    limits = limits or Limits()
+    sizes = {group: values.numel() for group, values in priorities.items()}
+    if limits == Limits() and isinstance(cost, LinearCost) and len(set(cost.per_unit.values())) == 1:
+        unit = next(iter(cost.per_unit.values()))
+        k = int((target - cost.fixed) / unit + 1e-9)
+        if k >= 0:
+            return top_k(priorities, min(k, sum(sizes.values())))
+    exits = _exits(priorities, limits)
+    counts_after = _Counts(sizes, exits)
+    steps = _fewest_exits(cost, counts_after, target)
+    counts = counts_after(steps)
+    reached = cost(counts)
+    if reached > target * (1 + tolerance):
+        dense = cost(sizes)
+        raise BudgetUnreachable(
+            f"The budget cannot be met: it allows {target:,.6g}, but the smallest network that can be reached costs "
+            f"{reached:,.6g} ({reached / dense:.4f} of the {dense:,.6g} now). Ask for at least {reached / dense:.4f}, "
+            "widen the scope, or lower the minimum number of units."
+        )
+    counts = _give_back(cost, target, exits, steps, counts)
+    return {group: _best(values, counts[group]) for group, values in priorities.items()}
+
+
+def _give_back(cost: Cost, target: float, exits: _Exits, steps: int, counts: dict[str, int]) -> dict[str, int]:
+    """Return counts to which no further unit can be added: events are undone, latest first, where the budget allows."""
+    by_class, order = exits.class_index[:steps].sort(stable=True)
+    sizes = torch.bincount(by_class, minlength=len(exits.classes)).tolist()
+    events = [piece.tolist() for piece in order.split(sizes)]
+    latest = [(-own[-1], i) for i, own in enumerate(events) if own]
+    heapq.heapify(latest)
+    while latest:
+        event, i = heapq.heappop(latest)
+        more = {group: counts[group] + int(exits.amount[-event]) for group in exits.classes[i]}
+        if cost({**counts, **more}) > target:
+            continue  # nor will the units of this class that left before it, which are worth more but cost as much
+        counts = {**counts, **more}
+        events[i].pop()
+        if events[i]:
+            heapq.heappush(latest, (-events[i][-1], i))
+    return counts
+
+
+@dataclass(frozen=True)
+class _Exits:
+    """Removal events in the order in which they happen: from which class of groups, and how many units each."""
+
+    classes: list[tuple[str, ...]]
+    class_index: Tensor
+    amount: Tensor
+
+
+class _Counts:
+    """Number of units left in each group after the first n removal events."""
+
+    def __init__(self, sizes: Mapping[str, int], exits: _Exits) -> None:
+        self.sizes, self.exits = sizes, exits
+
+    def __call__(self, n: int) -> dict[str, int]:
+        gone = torch.bincount(
+            self.exits.class_index[:n], weights=self.exits.amount[:n].double(), minlength=len(self.exits.classes)
+        )
+        return {
+            group: self.sizes[group] - int(gone[i]) for i, groups in enumerate(self.exits.classes) for group in groups
+        }
+
+    def __len__(self) -> int:
+        return self.exits.class_index.numel()
+
+
+def _fewest_exits(cost: Cost, counts_after: _Counts, target: float) -> int:
+    """Return the smallest number of events after which the cost is at most `target` (or all of them)."""
+    low, high = 0, len(counts_after)
+    while low < high:
+        middle = (low + high) // 2
+        if cost(counts_after(middle)) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _exits(priorities: Scores, limits: Limits) -> _Exits:
+    tied = {group for tie in limits.ties for group in tie}
+    classes = [*((group,) for group in priorities if group not in tied), *limits.ties]
+    order = {group: i for i, group in enumerate(priorities)}
+    classes.sort(key=lambda groups: order[groups[0]])
+    keys, indices, amounts = [], [], []
+    for i, groups in enumerate(classes):
+        # Tied groups lose their r-th worst unit together, so its priority is the mean of theirs.
+        worst_first = torch.stack([priorities[g].flatten().double().sort().values for g in groups]).mean(0)
+        key, amount = _chunks(worst_first, limits)
+        keys.append(key)
+        amounts.append(amount)
+        indices.append(torch.full((key.numel(),), i))
+    key, index = torch.cat(keys).cpu(), torch.cat(indices)
+    # Stable on the reversed list: among equal priorities the last unit leaves first.
+    order_of_exit = (key.numel() - 1) - key.flip(0).sort(stable=True).indices
+    # Within one class events must keep their own order; reversing equal ones is harmless only for equal amounts.
+    return _Exits(classes, index[order_of_exit], _amounts_in_order(index[order_of_exit], amounts))
+
+
+def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
+    """Return each event's amount so that every class takes its own amounts in their own order."""
+    result = torch.empty(index.numel(), dtype=torch.long)
+    for i, amount in enumerate(amounts):
+        result[index == i] = amount.cpu()
+    return result
+
+
+def _chunks(worst_first: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    """Return priority and size of each chunk that may leave: the mean of its units; the first one makes counts even."""
+    n, multiple = worst_first.numel(), limits.multiple
+    floor = min(n, max(limits.minimum, multiple if multiple > 1 else 0))
+    if multiple > 1:
+        floor = min(n, -(-floor // multiple) * multiple)
+    removable = n - floor
+    first = removable % multiple
+    sizes = ([first] if first else []) + [multiple] * (removable // multiple)
+    if multiple == 1:
+        return worst_first[:removable], torch.ones(removable, dtype=torch.long)
+    if not sizes:
+        return worst_first[:0], torch.zeros(0, dtype=torch.long)
+    means = torch.stack([chunk.mean() for chunk in worst_first[:removable].split(sizes)])
+    return means, torch.tensor(sizes)
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    return top_k({"": values}, count)[""]
+
+
+def _split(kept: Tensor, like: Scores) -> Kept:
+    pieces = kept.split([values.numel() for values in like.values()])
+    return {group: piece.view(values.shape) for (group, values), piece in zip(like.items(), pieces, strict=True)}

@@ -1,0 +1,151 @@
+"""Units: what can be removed. Criteria score them, `select` chooses among them, `keep` removes the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InvalidScores, NotApplicable
+
+Scores = dict[str, Tensor]
+"""One score per unit, by group; higher = keep. A group's tensor has the shape that `Units.shapes` says."""
+
+Kept = dict[str, Tensor]
+"""Which units are kept, by group: bool tensors of the same shapes, True = keep."""
+
+
+class Cost(Protocol):
+    """What a network costs that keeps so many units of each group."""
+
+    def __call__(self, counts: Mapping[str, int]) -> float:
+        """Return the cost of keeping so many units of each group."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """A cost to which each unit of a group adds the same amount."""
+
+    per_unit: Mapping[str, float]
+    fixed: float = 0.0
+
+    def __call__(self, counts: Mapping[str, int]) -> float:
+        """Return the cost of keeping so many units of each group."""
+        return self.fixed + sum(self.per_unit[group] * count for group, count in counts.items())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What `select` must respect.
+
+    Attributes:
+        minimum: Fewest units that stay in each group.
+        multiple: Counts are multiples of this (for hardware that likes them), or the whole group.
+        ties: Groups that must keep equally many units.
+    """
+
+    minimum: int = 0
+    multiple: int = 1
+    ties: tuple[tuple[str, ...], ...] = ()
+
+
+class Units(ABC):
+    """The units of one model at one granularity.
+
+    Attributes:
+        model: The model; `keep` changes or replaces it.
+        limits: What a selection must respect.
+    """
+
+    model: nn.Module
+    limits: Limits
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of each group's scores."""
+
+    @abstractmethod
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters that hold units."""
+
+    @abstractmethod
+    def sum(self, values: Mapping[str, Tensor], consumed: bool = False) -> Scores:
+        """Return, for each unit, the sum of element-wise values over the entries that belong to it.
+
+        Args:
+            values: One tensor per parameter, of its shape.
+            consumed: Count only entries that a unit's consumers multiply it with (the input side of the next layer).
+        """
+
+    @property
+    def settled(self) -> int:
+        """Number of kept units that are not listed any more, because their group can shrink no further."""
+        return 0
+
+    def removed(self) -> Kept:
+        """Return which units are gone already (True = gone) but still listed; empty if none is."""
+        return {}
+
+    @abstractmethod
+    def keep(self, kept: Kept) -> None:
+        """Remove all other units; mutates or replaces `model`."""
+
+    @abstractmethod
+    def reset(self, state: Mapping[str, Tensor]) -> None:
+        """Give the kept part of the model the values of a state dict of the unpruned model."""
+
+    def redraw(self) -> None:
+        """Draw all weights of the kept part anew; mutates `model`. See `draw_fresh`."""
+        draw_fresh(self.model)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of units in each group that are not gone."""
+        gone = self.removed()
+        return {g: shape.numel() - (int(gone[g].sum()) if g in gone else 0) for g, shape in self.shapes.items()}
+
+    def check(self, scores: Scores) -> None:
+        """Refuse scores that do not fit.
+
+        Raises:
+            InvalidScores: NaN, a missing or an unknown group, or a wrong shape.
+        """
+        shapes = self.shapes
+        if scores.keys() != shapes.keys():
+            missing, extra = sorted(shapes.keys() - scores.keys()), sorted(scores.keys() - shapes.keys())
+            raise InvalidScores(f"The criterion must score every group. Missing: {missing[:3]}; unknown: {extra[:3]}.")
+        for group, values in scores.items():
+            if values.shape != shapes[group]:
+                raise InvalidScores(
+                    f"The scores of {group!r} have shape {tuple(values.shape)}; "
+                    f"expected {tuple(shapes[group])}, one per unit."
+                )
+            if bool(values.isnan().any()):
+                n = int(values.isnan().sum())
+                raise InvalidScores(
+                    f"{n} of the {values.numel()} scores of {group!r} are NaN. "
+                    "Check the model's weights and the data for NaN and infinite values."
+                )
+
+
+def draw_fresh(model: nn.Module) -> None:
+    """Draw all weights anew, as the layers' constructors do; mutates `model`.
+
+    Raises:
+        NotApplicable: A parameter whose module has no ``reset_parameters``.
+    """
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif own:
+            raise NotApplicable(
+                f"Fresh weights need a reset_parameters() method, which {type(module).__name__} {path!r} lacks for "
+                f"{own[0]!r}. Add one, or take weights_from='init' with checkpoints={{'init': ...}}."
+            )

@@ -1,0 +1,1 @@
+"""Honest measurement: counted operations, timed engines, and the report that shows both."""

@@ -1,0 +1,253 @@
+"""Reports as single HTML pages that work offline."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as graph_objects
+import plotly.offline as plotly_offline
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from secateur.atomic import written_atomically
+from secateur.environment import environment
+
+if TYPE_CHECKING:
+    from secateur.structure.plan import Plan
+    from secateur.structure.structure import Structure
+
+# Okabe & Ito: told apart by everyone, on light and on dark ground.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#8a929c"
+MINUS = "\N{MINUS SIGN}"
+FROZEN_TEXT = "An axis is cut only if its slices are known in every tensor that holds them. These were left alone."
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that stands out."""
+
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; `strong` is the row that matters, `text_columns` are aligned left."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: int = -1
+    text_columns: Sequence[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, a table or a figure below it."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    figure: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows."""
+
+    title: str
+    headline: str
+    subtitle: str
+    tiles: Sequence[Tile] = ()
+    sections: Sequence[Section] = ()
+    footer: str = field(default_factory=lambda: machine_line())
+
+    def html(self) -> str:
+        """Return the page; it needs no network."""
+        return _templates().get_template("report.html.j2").render(vars(self), plotly_js=plotly_offline.get_plotlyjs())
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the page; the file appears whole or not at all."""
+        with written_atomically(path) as temporary:
+            temporary.write_text(self.html(), encoding="utf-8")
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(loader=PackageLoader("secateur.measure"), autoescape=True, undefined=StrictUndefined)
+
+
+def machine_line(facts: Mapping[str, str | int] | None = None) -> str:
+    """Return the facts about a machine and its packages in one line; default: this machine."""
+    facts = facts or environment()
+    packages = ", ".join(f"{name} {facts[name]}" for name in list(facts)[4:])
+    machine = f"{facts['processor']}, {facts['cores']} cores, {facts['system']}"
+    return f"Measured on {machine}, Python {facts['python']}, {packages}."
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured network in a trade-off plot; `half_width` is that of its interval."""
+
+    x: float
+    y: float
+    half_width: float = 0.0
+    note: str = ""
+
+
+def tradeoff_figure(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str, dense: Point) -> str:
+    """Return a plot of accuracy against cost: one line per method, a dotted line at the dense network."""
+    figure = _figure(x_title, y_title)
+    for (name, points), color in zip(series.items(), COLORS, strict=False):
+        points = sorted(points, key=lambda p: p.x)
+        figure.add_scatter(
+            x=[p.x for p in points],
+            y=[p.y for p in points],
+            error_y={"array": [p.half_width for p in points], "thickness": 1.5, "width": 4},
+            text=[p.note for p in points],
+            hovertemplate="%{x:.3g}, %{y:.2f}<br>%{text}<extra>" + name + "</extra>",
+            mode="lines+markers" if len(points) > 1 else "markers",
+            marker={"size": 9, "color": color, "symbol": "circle" if len(points) > 1 else "diamond"},
+            line={"color": color, "width": 2},
+            name=name,
+        )
+    figure.add_hline(y=dense.y, line={"color": GREY, "dash": "dot"})
+    figure.add_scatter(x=[dense.x], y=[dense.y], mode="markers", marker={"size": 11, "color": GREY}, name="dense")
+    return _div(figure)
+
+
+def widths_figure(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """Return bars of the units of each axis before and after."""
+    figure = _figure("units", "")
+    names = list(before)
+    figure.add_bar(
+        y=names, x=list(before.values()), orientation="h", marker={"color": GREY, "opacity": 0.35}, name="before"
+    )
+    figure.add_bar(
+        y=names,
+        x=[after[name] for name in names],
+        orientation="h",
+        marker={"color": COLORS[2]},
+        text=[f"{after[name]} of {before[name]}" for name in names],
+        textposition="outside",
+        cliponaxis=False,
+        name="after",
+    )
+    figure.update_layout(barmode="overlay", height=120 + 30 * len(names))
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(range=[0, max(before.values(), default=1) * 1.18])
+    return _div(figure)
+
+
+def training_figure(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Return training loss and, where it was measured, validation accuracy over optimizer steps, side by side."""
+    validated = any("validation" in entry for history in histories.values() for entry in history)
+    figure = _figure("optimizer steps", "training loss")
+    for (name, history), color in zip(histories.items(), COLORS, strict=False):
+        line = {"color": color, "width": 2}
+        trained = [entry for entry in history if "train_loss" in entry]
+        steps, losses = [e["step"] for e in trained], [e["train_loss"] for e in trained]
+        figure.add_scatter(x=steps, y=losses, mode="lines", line=line, name=name)
+        measured = [entry for entry in history if "validation" in entry]
+        if measured:
+            steps, values = [e["step"] for e in measured], [100 * e["validation"] for e in measured]
+            style = {"line": line, "marker": {"size": 8}, "mode": "lines+markers", "showlegend": False}
+            figure.add_scatter(x=steps, y=values, name=name, xaxis="x2", yaxis="y2", **style)
+    if validated:
+        figure.update_layout(
+            xaxis={"domain": [0, 0.44]},
+            xaxis2={"domain": [0.56, 1], "title": "optimizer steps", "anchor": "y2", **_GRID},
+            yaxis2={"title": "validation accuracy (%)", "anchor": "x2", **_GRID},
+        )
+    return _div(figure)
+
+
+_GRID: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
+
+
+def _figure(x_title: str, y_title: str) -> Any:
+    figure: Any = graph_objects.Figure()
+    figure.update_layout(
+        height=420,
+        margin={"l": 60, "r": 60, "t": 20, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": -0.2},
+        font={"size": 13},
+        hovermode="closest",
+        hoverlabel={"bgcolor": "#2b333e", "font": {"color": "#ffffff"}},
+    )
+    figure.update_xaxes(title=x_title, **_GRID)
+    figure.update_yaxes(title=y_title, **_GRID)
+    return figure
+
+
+def _div(figure: Any) -> str:
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+    )
+    return html
+
+
+# ------------------------------------------------------------------------------------------- parts of a report
+
+
+def widths_section(structure: Structure, plan: Plan) -> Section:
+    """Return the section on the kept width of each axis."""
+    before = {axis.name: axis.size for axis in structure.prunable}
+    after = {name: len(plan.axes[name].kept) if name in plan.axes else size for name, size in before.items()}
+    return Section(
+        "Kept width per layer",
+        figure=widths_figure(before, after),
+        caption="Units of each free axis before and after. An axis runs through every tensor that shares it.",
+    )
+
+
+def frozen_section(structure: Structure) -> Section:
+    """Return the section on what was frozen and why."""
+    return Section(
+        "What was frozen, and why",
+        text=FROZEN_TEXT,
+        table=frozen_table({axis.name: axis.reason for axis in structure.axes if not axis.prunable}),
+    )
+
+
+def frozen_table(reasons: Mapping[str, str]) -> Table:
+    """Return frozen axes grouped by reason, from axis name -> reason."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons.items():
+        groups[short_reason(reason)].append(name)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [(reason, str(len(names)), _some(names)) for reason, names in ordered]
+    return Table(("reason", "axes", "for example"), rows, text_columns=(0, 2))
+
+
+def short_reason(reason: str) -> str:
+    """Return the first reason without the place where it arose."""
+    return re.sub(r" \(.*?\)$", "", reason.partition(";")[0])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def count(number: float) -> str:
+    """Return a count for people: 48.5 M, 308 k, 512."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def change(before: float, after: float) -> str:
+    """Return a relative change for people: −70 %, +3 %."""
+    return f"{100 * (after / before - 1):+.0f} %".replace("-", MINUS)

@@ -1,0 +1,53 @@
+"""Allocations as rankings: scores become priorities that are comparable between groups."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from secateur.core.slots import Allocation
+from secateur.core.units import Scores
+
+
+class Global(Allocation):
+    """All units compete in one ranking.
+
+    Attributes:
+        normalize: What each group's scores are divided by first: nothing, their mean, or their largest. Criteria
+            whose size depends on the layer (norms of weights) need it; criteria that estimate a change of the loss
+            do not.
+    """
+
+    name = "global"
+    normalize: Literal["none", "mean", "max"] = "none"
+
+    def rank(self, scores: Scores) -> Scores:
+        """Return the scores, divided by the group's scale."""
+        return {group: values / self._scale(values) for group, values in scores.items()}
+
+    def _scale(self, values: Tensor) -> Tensor:
+        if self.normalize == "none":
+            return values.new_ones(())
+        size = values.abs().mean() if self.normalize == "mean" else values.abs().max()
+        return size if size > 0 else values.new_ones(())
+
+
+class Uniform(Allocation):
+    """Every group loses the same fraction of its units, worst first."""
+
+    name = "uniform"
+
+    def rank(self, scores: Scores) -> Scores:
+        """Return (r + 1/2) / n for the unit of rank r (0 = worst) among n; the last one among equals is worst."""
+        return {group: _relative_ranks(values) for group, values in scores.items()}
+
+
+def _relative_ranks(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    n = flat.numel()
+    worst_first = (n - 1) - flat.flip(0).sort(stable=True).indices
+    ranks = torch.empty(n, dtype=torch.float64, device=values.device)
+    ranks[worst_first] = torch.arange(n, dtype=torch.float64, device=values.device)
+    return ((ranks + 0.5) / n).view(values.shape)

@@ -1,0 +1,1 @@
+"""The smallest thing that lives or dies together."""

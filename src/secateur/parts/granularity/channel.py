@@ -1,0 +1,144 @@
+"""Indices of axes as units: channels, heads, hidden units. Pruning removes them physically, and proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.core.slots import Granularity, Scope
+from secateur.core.units import Kept, Limits, Scores, Units
+from secateur.errors import StructureError
+from secateur.structure.dims import Dim, leaves, unit_index
+from secateur.structure.inputs import Inputs, as_inputs
+from secateur.structure.plan import Plan
+from secateur.structure.prove import prove_cut, proved_structure
+from secateur.structure.structure import Axis, Structure
+from secateur.structure.surgery import cut_copy, make_plan
+from secateur.structure.trace import trace
+from secateur.structure.verify import Verification
+
+
+class Channel(Granularity):
+    """Each index of each free axis is a unit, with every slice of every tensor that belongs to it (structured pruning).
+
+    Attributes:
+        minimum: Fewest units that stay on each axis.
+        round_to: Axes end at multiples of this, or whole. Some engines are slow on odd widths.
+    """
+
+    name = "channel"
+    minimum: int = Field(1, ge=1)
+    round_to: int = Field(1, ge=1)
+
+    def units(self, model: nn.Module, example_inputs: Any, scope: Scope) -> ChannelUnits:
+        """Return the units of all free axes in scope."""
+        return ChannelUnits(model, as_inputs(example_inputs), scope, self.minimum, self.round_to)
+
+
+class ChannelUnits(Units):
+    """The free axes of a model.
+
+    Attributes:
+        structure: The structure of `model` as it is now.
+        dense_structure: The structure before the first cut.
+        proofs: One verification per cut.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, scope: Scope, minimum: int, round_to: int) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.dense_structure = self.structure = _in_scope(proved_structure(model, inputs), scope)
+        self.limits = Limits(minimum, round_to, self.structure.ties)
+        self.proofs: list[Verification] = []
+        self._kept = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in self.structure.prunable}
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """One vector per free axis."""
+        return {axis.name: torch.Size([axis.size]) for axis in self.structure.prunable}
+
+    @property
+    def settled(self) -> int:
+        """Number of units on axes that have only one left."""
+        listed = self.shapes
+        return sum(int(mask.sum()) for name, mask in self._kept.items() if name not in listed)
+
+    @property
+    def plan(self) -> Plan:
+        """What remains of the unpruned model."""
+        return make_plan(self.dense_structure, self._kept)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters that hold a free axis."""
+        held = {name for axis in self.structure.prunable for name, _ in axis.members}
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in held}
+
+    def sum(self, values: Mapping[str, Tensor], consumed: bool = False) -> Scores:
+        """Return sums over each unit's slices.
+
+        With `consumed`, only over slices that sum over the axis (a gate at every consumer would see exactly these).
+        An axis that no parameter consumes (query and key are multiplied with each other) is taken at its producers
+        instead.
+        """
+        device = next(iter(values.values())).device
+        return {axis.name: self._sum_over(axis, values, consumed).to(device) for axis in self.structure.prunable}
+
+    def _sum_over(self, axis: Axis, values: Mapping[str, Tensor], consumed: bool) -> Tensor:
+        places = [(name, position) for name, position in axis.members if name in values]
+        if consumed:
+            places = [place for place in places if self._consumes(*place)] or places
+        total = torch.zeros(axis.size, dtype=next(iter(values.values())).dtype)
+        for name, position in places:
+            value = values[name]
+            others = [i for i in range(value.dim()) if i != position]
+            vector = value.sum(others) if others else value
+            index = unit_index(self.structure.tensors[name][position], axis.leaf)
+            inside = index >= 0
+            total.index_add_(0, index[inside], vector.cpu()[inside])
+        return total
+
+    def _consumes(self, name: str, position: int) -> bool:
+        """Return whether an operation sums over this dim of this parameter."""
+        consumed = self.structure.consumers.get(name, ())
+        dim = self.structure.tensors[name][position]
+        same = [d for d in self.structure.tensors[name] if any(d is c for c in consumed)]
+        if same:
+            return any(dim is d for d in same)
+        return any(leaf in _free(c) for c in consumed for leaf in _free(dim))
+
+    def keep(self, kept: Kept) -> None:
+        """Cut everything else off, and prove that the result computes what the masked network computes.
+
+        Raises:
+            StructureError: The proof failed; nothing is changed.
+        """
+        plan = make_plan(self.structure, kept)
+        proof = prove_cut(self.model, self.structure, kept)
+        if not proof.ok:
+            raise StructureError(
+                f"The cut network differs from the masked one by {proof.max_error:.2e} (relative); nothing was cut. "
+                "Please report the model; `secateur inspect` shows its axes, and a scope can exclude some of them."
+            )
+        self.proofs.append(proof)
+        for name, mask in kept.items():
+            self._kept[name][self._kept[name].clone()] = mask.cpu()
+        self.model = cut_copy(self.model, plan)
+        frozen = {axis.name: axis.reason for axis in self.dense_structure.axes if not axis.prunable}
+        self.structure = trace(self.model, self.inputs).frozen(frozen)
+
+    def reset(self, state: Mapping[str, Tensor]) -> None:
+        """Load the remaining part of a state dict of the unpruned model."""
+        self.model.load_state_dict(self.plan.slice_state(state))
+
+
+def _free(dim: Dim) -> Iterator[Dim]:
+    return (leaf for leaf in leaves(dim) if leaf.size > 1)
+
+
+def _in_scope(structure: Structure, scope: Scope) -> Structure:
+    outside = {axis.name: "outside the scope" for axis in structure.prunable if not scope.admits(axis.name)}
+    return structure.frozen(outside)

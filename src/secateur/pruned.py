@@ -1,0 +1,131 @@
+"""The result of a pruning run, and the page that shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from secateur.core import engine
+from secateur.core.budget import Budget
+from secateur.core.recipe import Recipe
+from secateur.measure.profile import Profile
+from secateur.structure.inputs import Inputs
+from secateur.structure.plan import Plan
+from secateur.structure.structure import Structure
+from secateur.structure.verify import Verification
+from secateur.training.loop import History
+
+if TYPE_CHECKING:
+    from secateur.measure.report import Page, Section
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of `prune`.
+
+    Attributes:
+        model: The pruned network, an ordinary module of the original class, in eval mode.
+        masks: For unstructured pruning: which weights are kept, by parameter name; empty otherwise.
+        structure_plan: For structured pruning: what remains of the original network; empty otherwise.
+        before: What the original network costs.
+        after: What the pruned network costs.
+        recipe: What was done.
+        budget: What was asked.
+        seed: What controlled every random choice.
+        rounds: What happened at each pruning moment.
+        history: The training curve of the recovery.
+        structure: The axes of the original network, frozen ones with reasons; None for unstructured pruning.
+        proofs: For structured pruning: one proof per cut that the network computes what the masked one computes.
+        inputs: The example inputs.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Tensor]
+    structure_plan: Plan
+    before: Profile
+    after: Profile
+    recipe: Recipe
+    budget: Budget
+    seed: int
+    rounds: tuple[engine.Round, ...]
+    history: History
+    structure: Structure | None = None
+    proofs: tuple[Verification, ...] = ()
+    inputs: Inputs = field(default=Inputs((), {}), repr=False)
+
+    def about(self) -> dict[str, Any]:
+        """Return what was done and what came out, as plain data."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_hash": self.recipe.hash,
+            "budget": self.budget.model_dump(mode="json", exclude_none=True),
+            "seed": self.seed,
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+        }
+
+    def report(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return a page about this run as HTML that works offline, and write it to `path` if one is given."""
+        page = _page(self)
+        if path is not None:
+            page.write(path)
+        return page.html()
+
+
+def _page(pruned: Pruned) -> Page:
+    # Plotly takes a second to import, and most runs need no page.
+    from secateur.measure.report import (
+        Page,
+        Section,
+        Tile,
+        change,
+        count,
+        frozen_section,
+        training_figure,
+        widths_section,
+    )
+
+    before, after = pruned.before, pruned.after
+    sections = [_costs(pruned)]
+    if pruned.structure is not None:
+        sections.append(widths_section(pruned.structure, pruned.structure_plan))
+    if pruned.history:
+        sections.append(Section("Recovery", figure=training_figure({"pruned": pruned.history})))
+    if pruned.structure is not None:
+        sections.append(frozen_section(pruned.structure))
+        what = f"{change(before.macs, after.macs)} MACs, {change(before.params, after.params)} parameters"
+        error = max(proof.max_error for proof in pruned.proofs)
+        tile = Tile(f"{error:.0e}", "largest relative difference between cut and masked network")
+    else:
+        what = f"{100 * (1 - after.nonzero_params / after.params):.1f} % of the weights are zero"
+        tile = Tile(count(after.nonzero_params), "weights that are not zero")
+    return Page(
+        title="secateur: pruned network",
+        headline=f"{type(pruned.model).__name__}, pruned by {pruned.recipe.criterion.name}: {what}",
+        subtitle=f"Budget: {pruned.budget}. Recipe {pruned.recipe.hash}, seed {pruned.seed}.",
+        tiles=[
+            Tile(change(before.macs, after.macs), f"MACs ({count(before.macs)} → {count(after.macs)})"),
+            Tile(change(before.params, after.params), f"parameters ({count(before.params)} → {count(after.params)})"),
+            tile,
+        ],
+        sections=sections,
+    )
+
+
+def _costs(pruned: Pruned) -> Section:
+    from secateur.measure.report import Section, Table, change
+
+    labels = {
+        "params": "parameters",
+        "nonzero_params": "non-zero parameters",
+        "macs": "MACs, dense",
+        "effective_macs": "MACs, without products with zeros",
+        "bytes": "bytes of parameters and buffers",
+    }
+    before, after = pruned.before.as_dict(), pruned.after.as_dict()
+    rows = [(text, f"{before[k]:,}", f"{after[k]:,}", change(before[k], after[k])) for k, text in labels.items()]
+    return Section("Cost", table=Table(("", "before", "after", "change"), rows))

@@ -1,0 +1,1 @@
+"""Which slices of which tensors live and die together, and how to cut them."""

@@ -1,0 +1,270 @@
+"""The algebra of dimensions: every dim of every tensor is an expression over axes.
+
+A dim is a *leaf* (an axis whose inner structure nobody has looked at), a *product* (row-major: a dim of 768 that is
+later viewed as 12 x 64 is heads x head_dim), or a *sum* (concatenated segments: qkv = q | k | v). Operations emit
+equations between dims; `unify` solves them by merging leaves and by refining leaves into factors or segments.
+
+A dim that cannot be understood is frozen with a reason. Freezing is always safe: a frozen axis is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+class Dim:
+    """One dimension; a node of a union-find structure with terms.
+
+    Attributes:
+        size: Number of indices on the traced model.
+        op: ``""`` for a leaf, ``"*"`` for a product, ``"+"`` for a sum.
+        parts: The factors or segments.
+        reasons: Why the leaf must not be cut; empty means free.
+    """
+
+    __slots__ = ("_link", "op", "parts", "reasons", "size")
+
+    def __init__(self, size: int, op: str = "", parts: tuple[Dim, ...] = ()) -> None:
+        self.size = size
+        self.op = op
+        self.parts = parts
+        self.reasons: list[str] = []
+        self._link: Dim | None = None
+
+    def find(self) -> Dim:
+        """Return the representative of this dim."""
+        node = self
+        while node._link is not None:
+            node = node._link
+        if node is not self:
+            self._link = node  # path compression
+        return node
+
+    def __repr__(self) -> str:
+        root = self.find()
+        if not root.op:
+            return f"{root.size}{'!' if root.reasons else ''}"
+        return "(" + f" {root.op} ".join(map(repr, root.parts)) + ")"
+
+
+UNIT_REASON = "size 1"
+
+
+def leaf(size: int, reason: str = "") -> Dim:
+    """Return a new axis of `size` indices, frozen at once if a reason is given."""
+    dim = Dim(size)
+    if reason:
+        dim.reasons.append(reason)
+    return dim
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    """Return the row-major product; factors of size 1 drop out."""
+    parts = [f for dim in dims for f in factors(dim)]
+    if not parts:
+        return leaf(1)
+    return parts[0] if len(parts) == 1 else Dim(prod(p.size for p in parts), "*", tuple(parts))
+
+
+def concat(dims: Iterable[Dim]) -> Dim:
+    """Return the sum of segments; empty segments drop out."""
+    parts = [s for dim in dims for s in segments(dim)]
+    if not parts:
+        return leaf(0)
+    return parts[0] if len(parts) == 1 else Dim(sum(p.size for p in parts), "+", tuple(parts))
+
+
+def factors(dim: Dim) -> list[Dim]:
+    """Return the flat list of factors of a dim, without those of size 1."""
+    dim = dim.find()
+    if dim.op == "*":
+        return [f for part in dim.parts for f in factors(part)]
+    return [] if dim.size == 1 else [dim]
+
+
+def segments(dim: Dim) -> list[Dim]:
+    """Return the flat list of segments of a dim, without empty ones."""
+    dim = dim.find()
+    if dim.op == "+":
+        return [s for part in dim.parts for s in segments(part)]
+    return [] if dim.size == 0 else [dim]
+
+
+def leaves(dim: Dim) -> Iterator[Dim]:
+    """Yield the representative leaves of a dim in order; a leaf that occurs twice comes twice."""
+    dim = dim.find()
+    if not dim.op:
+        yield dim
+    for part in dim.parts:
+        yield from leaves(part)
+
+
+def freeze(dim: Dim, reason: str) -> None:
+    """Freeze every leaf below `dim`; the first reason is the one that is shown first."""
+    for node in leaves(dim):
+        if reason not in node.reasons:
+            node.reasons.append(reason)
+
+
+def is_frozen(dim: Dim) -> bool:
+    """Return whether no leaf of `dim` can be cut."""
+    return all(node.reasons or node.size == 1 for node in leaves(dim))
+
+
+# ---------------------------------------------------------------------------------------------- unification
+
+
+def unify(a: Dim, b: Dim, reason: str) -> None:
+    """Make two dims equal; where that cannot be expressed, freeze both for `reason`."""
+    if not _unify(a, b):
+        freeze(a, reason)
+        freeze(b, reason)
+
+
+def _unify(a: Dim, b: Dim) -> bool:
+    a, b = a.find(), b.find()
+    if a is b:
+        return True
+    if a.size != b.size:
+        return False
+    if not a.op:
+        return _bind(a, b)
+    if not b.op:
+        return _bind(b, a)
+    if a.op == b.op == "*":
+        solved = _unify_products(factors(a), factors(b))
+    elif a.op == b.op == "+":
+        solved = _unify_sums(segments(a), segments(b))
+    elif a.op == "+":
+        solved = _unify_sum_with_product(segments(a), factors(b))
+    else:
+        solved = _unify_sum_with_product(segments(b), factors(a))
+    if solved:
+        a._link = b
+    return solved
+
+
+def _bind(node: Dim, term: Dim) -> bool:
+    """Let the leaf `node` stand for `term`."""
+    if term.op and any(inner is node for inner in leaves(term)):
+        return False  # an axis cannot contain itself
+    for reason in node.reasons:
+        freeze(term, reason)
+    node._link = term
+    return True
+
+
+def _unify_products(left: list[Dim], right: list[Dim]) -> bool:
+    """Align two lists of factors from the major end, splitting the larger factor where it divides."""
+    while left and right:
+        x, y = left.pop(0), right.pop(0)
+        if x.size < y.size:
+            x, y, left, right = y, x, right, left
+        if x.size % y.size:
+            return False
+        if x.size == y.size:
+            solved = _unify(x, y)
+        else:
+            rest = leaf(x.size // y.size)
+            solved = _unify(x, product([y, rest]))
+            left[:0] = factors(rest)
+        if not solved:
+            return False
+    return not left and not right
+
+
+def _unify_sums(left: list[Dim], right: list[Dim]) -> bool:
+    """Align two lists of segments, splitting the longer segment at the other's boundary."""
+    while left and right:
+        x, y = left.pop(0), right.pop(0)
+        if x.size < y.size:
+            x, y, left, right = y, x, right, left
+        if x.size == y.size:
+            solved = _unify(x, y)
+        else:
+            rest = leaf(x.size - y.size)
+            solved = _unify(x, concat([y, rest]))
+            left[:0] = segments(rest)
+        if not solved:
+            return False
+    return not left and not right
+
+
+def _unify_sum_with_product(parts: list[Dim], facs: list[Dim]) -> bool:
+    """Solve s1 | s2 | ... = p x rest: the major factor is a sum too, p = c1 | c2 | ..., with s_i = c_i x rest."""
+    major, rest = facs[0], facs[1:]
+    stride = prod(f.size for f in rest)
+    if any(part.size % stride for part in parts):
+        return False
+    counts = [leaf(part.size // stride) for part in parts]
+    if not _unify(major, concat(counts)):
+        return False
+    return all(_unify(part, product([c, *rest])) for part, c in zip(parts, counts, strict=True))
+
+
+def split(dim: Dim, sizes: Sequence[int], reason: str) -> list[Dim]:
+    """Return the consecutive segments of `dim` with the given sizes."""
+    pieces = [leaf(size) for size in sizes]
+    unify(dim, concat(pieces), reason)
+    return pieces
+
+
+# ---------------------------------------------------------------------------------- evaluation over kept units
+
+
+def size_under(dim: Dim, sizes: Mapping[Dim, int]) -> int:
+    """Return the size of `dim` when the leaves have the given sizes (default: their own)."""
+    dim = dim.find()
+    if dim.op == "*":
+        return prod(size_under(p, sizes) for p in dim.parts)
+    if dim.op == "+":
+        return sum(size_under(p, sizes) for p in dim.parts)
+    return sizes.get(dim, dim.size)
+
+
+def mask_under(dim: Dim, masks: Mapping[Dim, Tensor]) -> Tensor:
+    """Return which indices of `dim` survive when the leaves keep the given units; bool of shape (size,)."""
+    return _over_indices(dim, lambda node: masks.get(node, torch.ones(node.size, dtype=torch.bool)), torch.logical_and)
+
+
+def order_under(dim: Dim, orders: Mapping[Dim, Tensor]) -> Tensor:
+    """Return the reordering of the indices of `dim` when the leaves are reordered; long of shape (size,)."""
+    dim = dim.find()
+    if not dim.op:
+        return orders.get(dim, torch.arange(dim.size))
+    inner = [order_under(part, orders) for part in dim.parts]
+    result = inner[0]
+    for index in inner[1:]:
+        if dim.op == "*":
+            result = (result[:, None] * index.numel() + index[None, :]).flatten()
+        else:
+            result = torch.cat([result, index + result.numel()])
+    return result
+
+
+def unit_index(dim: Dim, axis: Dim) -> Tensor:
+    """Return, for each index of `dim`, the unit of `axis` that it belongs to, or -1; long of shape (size,)."""
+    axis = axis.find()
+
+    def own(node: Dim) -> Tensor:
+        return torch.arange(node.size) if node is axis else torch.full((node.size,), -1)
+
+    return _over_indices(dim, own, torch.maximum)
+
+
+def _over_indices(dim: Dim, of_leaf: Callable[[Dim], Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return one value per index of `dim`: leaves by `of_leaf`, factors joined by `combine`, segments in a row."""
+    dim = dim.find()
+    if not dim.op:
+        return of_leaf(dim)
+    inner = [_over_indices(part, of_leaf, combine) for part in dim.parts]
+    if dim.op == "+":
+        return torch.cat(inner)
+    result = inner[0]
+    for values in inner[1:]:
+        result = combine(result[:, None], values[None, :]).flatten()
+    return result

@@ -1,0 +1,51 @@
+"""The rules: what each ATen operation says about dims. One file per kind of operation.
+
+A rule is keyed by the name of an operation family (no overload, no trailing underscore). An operation without a rule
+freezes everything that it touches: a model with a strange operation is pruned less, never wrongly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+
+from secateur.structure.tracer import OpCall
+
+Rule = Callable[[OpCall], None]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of the named operations."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in _RULES:
+                raise ValueError(f"The operation {name!r} has two rules.")
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+@cache
+def all_rules() -> dict[str, Rule]:
+    """Return every rule by the name of its operation."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _RULES
+
+
+def apply_rule(call: OpCall) -> None:
+    """Let an operation speak; freeze what an unknown one touches."""
+    known = all_rules().get(call.name)
+    if known is not None:
+        known(call)
+        return
+    reason = f"no rule for the operation {call.name}"
+    for tensor in call.tensors():
+        call.tracer.freeze(call.tracer.dims(tensor), reason)
+    for tensor in call.results():
+        call.tracer.fresh(tensor, f"{reason} ({call.tracer.where()})")

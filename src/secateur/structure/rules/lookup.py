@@ -1,0 +1,62 @@
+"""Lookup: a dim that is indexed by the values of another tensor cannot be cut; the other dims pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.structure.dims import Dim
+from secateur.structure.rules import rule
+from secateur.structure.rules.elementwise import broadcast
+from secateur.structure.tracer import OpCall
+
+
+@rule("embedding")
+def embedding(call: OpCall) -> None:
+    """(vocabulary, width) looked up by an index of any shape."""
+    tracer = call.tracer
+    rows, width = tracer.dims(call["weight"])
+    tracer.freeze([rows], "looked up by index")
+    tracer.set(call.out, [*tracer.dims(call["indices"]), width])
+
+
+@rule("index_select")
+def index_select(call: OpCall) -> None:
+    """One dim is replaced by the dim of the index."""
+    tracer, position = call.tracer, call["dim"] % call["self"].dim()
+    dims = list(tracer.dims(call["self"]))
+    tracer.freeze([dims[position]], "looked up by index")
+    dims[position] = tracer.dims(call["index"])[0]
+    tracer.set(call.out, dims)
+
+
+@rule("index")
+def index(call: OpCall) -> None:
+    """Advanced indexing: the indexed dims give way to the broadcast dims of the indices."""
+    tracer, x = call.tracer, call["self"]
+    dims, indices = tracer.dims(x), list(call["indices"])
+    used = [i for i, item in enumerate(indices) if isinstance(item, Tensor)]
+    tracer.freeze([dims[i] for i in used], "looked up by index")
+    tensors = [indices[i] for i in used]
+    rest = [d for i, d in enumerate(dims) if i not in used]
+    rank = call.out.dim() - len(rest)
+    if any(t.dtype == torch.bool for t in tensors):
+        tracer.fresh(call.out, "selected by a mask")
+        return
+    looked_up: list[Dim] = broadcast(tracer, tensors, rank)
+    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    tracer.set(call.out, [*rest[:at], *looked_up, *rest[at:]])
+
+
+@rule("gather")
+def gather(call: OpCall) -> None:
+    """The gathered dim is looked up; the others are those of the index."""
+    tracer, position = call.tracer, call["dim"] % call["self"].dim()
+    dims, chosen = tracer.dims(call["self"]), tracer.dims(call["index"])
+    tracer.freeze([dims[position], chosen[position]], "looked up by index")
+    for i, (a, b) in enumerate(zip(dims, chosen, strict=True)):
+        if i != position and a.size == b.size:
+            tracer.unify(a, b)
+        elif i != position:
+            tracer.freeze([a, b], "gathered in part")
+    tracer.set(call.out, chosen)

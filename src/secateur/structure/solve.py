@@ -1,0 +1,201 @@
+"""Turns what a trace has collected into a structure: which axes are free, tied or frozen, and why."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from torch import nn
+
+from secateur.structure.dims import Dim, freeze, leaves, size_under
+from secateur.structure.inputs import Inputs
+from secateur.structure.provenance import Attribute, Expression, Operation, evaluate, read_attribute, sources
+from secateur.structure.structure import Axis, Structure
+from secateur.structure.tracer import Constraint, Tracer
+
+
+def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], inputs: Inputs) -> Structure:
+    """Return the structure that satisfies every equation and every size that the code wrote down."""
+    attributes, ties = _solve_sizes(model, tracer)
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    axes = _axes(tensors, parameters, attributes)
+    tied = (tuple(axis.name for axis in axes if axis.prunable and axis.leaf in members) for members in ties)
+    return Structure(
+        axes=axes,
+        ties=tuple(names for names in tied if len(names) > 1),
+        tensors={name: tuple(dims) for name, dims in tensors.items()},
+        attributes=attributes,
+        operations=tuple(tracer.operations),
+        sites={i: tuple(sites) for i, sites in tracer.sites.items()},
+        consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
+        multiply_adds=tuple(tracer.multiply_adds),
+        parameters=parameters,
+        inputs=inputs,
+    )
+
+
+# ------------------------------------------------------------------------------------- sizes that code wrote down
+
+
+class _Ties:
+    """Classes of axes that must keep equally many units; one frozen member freezes all."""
+
+    def __init__(self) -> None:
+        self._class_of: dict[Dim, set[Dim]] = {}
+
+    def add(self, a: Dim, b: Dim, where: str) -> None:
+        """Say that two dims must stay equally long."""
+        left, right = list(leaves(a)), list(leaves(b))
+        if [x for x in left if x.size > 1] == [x for x in right if x.size > 1] and _shape(a) == _shape(b):
+            return
+        if len(left) == len(right) == 1:
+            merged = self.of(left[0]) | self.of(right[0])
+            for member in merged:
+                self._class_of[member] = merged
+            return
+        freeze(a, f"must stay as long as another dim ({where})")
+        freeze(b, f"must stay as long as another dim ({where})")
+
+    def of(self, leaf: Dim) -> set[Dim]:
+        """Return the class of a leaf, itself included."""
+        return self._class_of.get(leaf, {leaf})
+
+    def spread_freezes(self) -> None:
+        """Freeze every member of a class in which one is frozen."""
+        for members in self._class_of.values():
+            reasons = [reason for member in members for reason in member.reasons]
+            if reasons:
+                for member in members:
+                    freeze(member, f"must stay as long as an axis that is frozen: {reasons[0]}")
+
+    def classes(self) -> list[set[Dim]]:
+        """Return each class once."""
+        unique = {id(members): members for members in self._class_of.values()}
+        return [members for members in unique.values() if len(members) > 1]
+
+
+def _shape(dim: Dim) -> str:
+    dim = dim.find()
+    return dim.op + "".join(f"({_shape(p)})" for p in dim.parts)
+
+
+def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim], list[set[Dim]]]:
+    attributes: dict[Attribute, Dim] = {}
+    ties = _Ties()
+    for constraint in tracer.constraints:
+        _bind(constraint, attributes, ties)
+    for pieces, where in tracer.equal_counts:
+        for a, b in pairwise(pieces):
+            ties.add(a, b, where)
+    for expression, where in tracer.value_reads:
+        for source in sources(expression):
+            dim = attributes.get(source) if isinstance(source, Attribute) else source
+            if dim is not None:
+                freeze(dim, f"its size is used as a number ({where})")
+    ties.spread_freezes()
+    values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
+    for constraint in tracer.constraints:
+        if isinstance(constraint.expression, Operation):
+            _check(constraint, attributes, values, ties)
+    ties.spread_freezes()
+    return attributes, ties.classes()
+
+
+def _bind(constraint: Constraint, attributes: dict[Attribute, Dim], ties: _Ties) -> None:
+    expression, dim, where = constraint.expression, constraint.dim, constraint.where
+    if isinstance(expression, Attribute):
+        if expression in attributes:
+            ties.add(attributes[expression], dim, where)
+        else:
+            attributes[expression] = dim
+    elif isinstance(expression, Dim):
+        ties.add(expression, dim, where)
+    elif isinstance(expression, int):
+        freeze(dim, f"the code says {expression} ({where})")
+
+
+def _attributes(constraints: Iterable[Constraint]) -> set[Attribute]:
+    return {s for c in constraints for s in sources(c.expression) if isinstance(s, Attribute)}
+
+
+def _check(
+    constraint: Constraint, attributes: Mapping[Attribute, Dim], values: Mapping[Attribute, int], ties: _Ties
+) -> None:
+    """Freeze the axes for which a computed size would not follow a cut: try each alone, then all together."""
+    involved = [constraint.dim]
+    for source in sources(constraint.expression):
+        involved.append(attributes[source] if source in attributes else source)  # type: ignore[index,arg-type]
+    free = [n for d in involved if isinstance(d, Dim) for n in leaves(d) if n.size > 1 and not n.reasons]
+    free = list(dict.fromkeys(free))
+    reason = f"the code computes a size that would not follow ({constraint.where})"
+    for node in free:
+        trials = {max(1, node.size // 2), node.size - 1}
+        if not all(_holds(constraint, dict.fromkeys(ties.of(node), s), attributes, values) for s in trials):
+            freeze(node, reason)
+    generator = random.Random(0)
+    for _ in range(4):
+        sizes = {n: generator.randint(1, n.size) for n in free if not n.reasons}
+        sizes = {m: s for n, s in sizes.items() for m in ties.of(n)}
+        if not _holds(constraint, sizes, attributes, values):
+            for node in free:
+                freeze(node, reason)
+
+
+def _holds(
+    constraint: Constraint,
+    sizes: Mapping[Dim, int],
+    attributes: Mapping[Attribute, Dim],
+    values: Mapping[Attribute, int],
+) -> bool:
+    present = {**values, **{a: size_under(dim, sizes) for a, dim in attributes.items()}}
+    expression: Expression = constraint.expression
+    try:
+        return evaluate(expression, sizes, present) == size_under(constraint.dim, sizes)
+    except ZeroDivisionError:
+        return False
+
+
+# -------------------------------------------------------------------------------------------------------- axes
+
+
+def _axes(
+    tensors: Mapping[str, list[Dim]], parameters: frozenset[str], attributes: Mapping[Attribute, Dim]
+) -> tuple[Axis, ...]:
+    members: dict[Dim, dict[tuple[str, int], None]] = defaultdict(dict)
+    for name, dims in tensors.items():
+        for i, dim in enumerate(dims):
+            for node in leaves(dim):
+                if node.size > 1:
+                    members[node].setdefault((name, i))
+    owned = {node: tuple(found) for node, found in members.items() if any(n in parameters for n, _ in found)}
+    names = _names(owned, tensors, attributes)
+    return tuple(
+        Axis(names[node], node.size, found, not node.reasons, "; ".join(node.reasons), node)
+        for node, found in owned.items()
+    )
+
+
+def _names(
+    owned: Mapping[Dim, tuple[tuple[str, int], ...]],
+    tensors: Mapping[str, list[Dim]],
+    attributes: Mapping[Attribute, Dim],
+) -> dict[Dim, str]:
+    """Name each axis after the first module that produces it; a factor also after the attribute that is its size."""
+    attribute_of = {dim.find(): attribute for attribute, dim in reversed(list(attributes.items())) if not dim.find().op}
+    wanted: dict[Dim, str] = {}
+    for node, found in owned.items():
+        tensor, position = min(found, key=lambda member: (member[1], list(tensors).index(member[0])))
+        module = tensor.rpartition(".")[0] or tensor
+        inner = tensors[tensor][position].find()
+        is_part = inner is not node
+        base = module if position == 0 else f"{module}:{position}"
+        suffix = f"[{attribute_of[node].name}]" if is_part and node in attribute_of else ""
+        wanted[node] = base + suffix
+    taken: dict[str, int] = defaultdict(int)
+    names: dict[Dim, str] = {}
+    for node, name in wanted.items():
+        taken[name] += 1
+        names[node] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+    return names

@@ -1,0 +1,124 @@
+"""The structure of a model: its axes, and what follows from cutting them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from torch import Tensor, nn
+
+from secateur.structure.dims import Dim, mask_under, size_under
+from secateur.structure.inputs import Inputs
+from secateur.structure.provenance import Attribute
+from secateur.structure.tracer import Site
+from secateur.structure.verify import Verification, verify_structure
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Slices of tensors that live and die together, one unit per index.
+
+    Attributes:
+        name: The module (or tensor) that produces the axis.
+        size: Number of units.
+        members: Every (tensor name, dim) that holds the axis, possibly as one factor or segment of that dim.
+        prunable: Whether units may be removed.
+        reason: Why not, if not.
+    """
+
+    name: str
+    size: int
+    members: tuple[tuple[str, int], ...]
+    prunable: bool
+    reason: str
+    leaf: Dim = field(repr=False, compare=False)
+
+
+Kept = Mapping[str, Tensor]
+"""Which units of each axis are kept: bool tensors of shape (size,); an axis that is not named is kept whole."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The result of `trace`: an immutable description of a model; it holds no weights.
+
+    Attributes:
+        axes: All axes that parameters have, frozen ones included.
+        ties: Names of axes that must keep equally many units.
+        tensors: The dims of every parameter and buffer.
+        attributes: Integer attributes that are the size of a dim.
+        operations: The ATen operations of the traced run, in order.
+        sites: Where units are consumed, by index of the operation.
+        consumers: For parameters that are contracted, the dims that are summed over.
+        multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
+        inputs: The example inputs.
+    """
+
+    axes: tuple[Axis, ...]
+    ties: tuple[tuple[str, ...], ...]
+    tensors: Mapping[str, tuple[Dim, ...]]
+    attributes: Mapping[Attribute, Dim]
+    operations: tuple[str, ...]
+    sites: Mapping[int, tuple[Site, ...]]
+    consumers: Mapping[str, tuple[Dim, ...]]
+    multiply_adds: tuple[tuple[Dim, ...], ...]
+    parameters: frozenset[str]
+    inputs: Inputs = field(repr=False)
+
+    def axis(self, name: str) -> Axis:
+        """Return the axis with this name."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Axis]:
+        return {axis.name: axis for axis in self.axes}
+
+    @property
+    def prunable(self) -> tuple[Axis, ...]:
+        """The axes whose units may be removed."""
+        return tuple(axis for axis in self.axes if axis.prunable)
+
+    # ----------------------------------------------------------------------------------- what a cut would cost
+
+    def sizes(self, counts: Mapping[str, int]) -> dict[Dim, int]:
+        """Return leaf sizes for a number of kept units per axis."""
+        return {axis.leaf: counts[axis.name] for axis in self.axes if axis.name in counts}
+
+    def macs(self, counts: Mapping[str, int]) -> int:
+        """Return the multiply-adds of the traced call if each axis kept so many units."""
+        sizes = self.sizes(counts)
+        return sum(prod(size_under(dim, sizes) for dim in dims) for dims in self.multiply_adds)
+
+    def params(self, counts: Mapping[str, int]) -> int:
+        """Return the number of parameters if each axis kept so many units."""
+        sizes = self.sizes(counts)
+        return sum(prod(size_under(d, sizes) for d in self.tensors[name]) for name in self.parameters)
+
+    # ----------------------------------------------------------------------------------------- masks and slices
+
+    def masks(self, kept: Kept) -> dict[Dim, Tensor]:
+        """Return leaf masks for the kept units."""
+        return {self.axis(name).leaf: mask for name, mask in kept.items()}
+
+    def tensor_masks(self, name: str, kept: Kept) -> tuple[Tensor, ...]:
+        """Return, for each dim of a tensor, which indices survive."""
+        masks = self.masks(kept)
+        return tuple(mask_under(dim, masks) for dim in self.tensors[name])
+
+    # ------------------------------------------------------------------------------------------------- proof
+
+    def verify(self, model: nn.Module, seed: int = 0) -> Verification:
+        """Return whether permuting every prunable axis leaves the output of `model` unchanged, as it must."""
+        return verify_structure(model, self, seed)
+
+    def frozen(self, reasons: Mapping[str, str]) -> Structure:
+        """Return the same structure with more axes frozen: axis name -> reason. Axes tied to them freeze too."""
+        why = dict(reasons)
+        for tie in self.ties:
+            first = next((name for name in tie if name in reasons), None)
+            if first is not None:
+                why.update({name: f"must stay as long as {first}, which is frozen" for name in tie if name not in why})
+        axes = tuple(replace(a, prunable=False, reason=why[a.name]) if a.name in why else a for a in self.axes)
+        return replace(self, axes=axes, ties=tuple(tie for tie in self.ties if not why.keys() & set(tie)))

@@ -1,0 +1,145 @@
+"""Surgery: make a model physically smaller according to a plan.
+
+The result stays the user's own class: parameters are sliced, the integers that its code feeds into reshapes are
+rewritten where the trace found them, and the size attributes that PyTorch's own layers carry for their ``repr``
+follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PlanMismatch
+from secateur.structure.dims import size_under
+from secateur.structure.inputs import state_of
+from secateur.structure.plan import AttributeChange, AxisCut, Plan, TensorCut, expression_of_dim
+from secateur.structure.provenance import Attribute, read_attribute, write_attribute
+from secateur.structure.structure import Kept, Structure
+
+# Sizes that PyTorch's layers store beside their weights: (layer, attribute, tensor, dim).
+_LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
+    (nn.Linear, "out_features", "weight", 0),
+    (nn.Linear, "in_features", "weight", 1),
+    (nn.Embedding, "num_embeddings", "weight", 0),
+    (nn.Embedding, "embedding_dim", "weight", 1),
+    (nn.modules.batchnorm._NormBase, "num_features", "running_mean", 0),
+    (nn.modules.batchnorm._NormBase, "num_features", "weight", 0),
+    (nn.GroupNorm, "num_channels", "weight", 0),
+    (nn.PReLU, "num_parameters", "weight", 0),
+)
+
+
+def make_plan(structure: Structure, kept: Kept) -> Plan:
+    """Return what remains of the traced model when only the `kept` units of each axis do."""
+    cut = {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    names = {structure.axis(name).leaf: name for name in cut}
+    tensors = {}
+    for name, dims in structure.tensors.items():
+        expressions = tuple(expression_of_dim(dim, names) for dim in dims)
+        if any(not isinstance(expression, int) for expression in expressions):
+            tensors[name] = TensorCut(shape=tuple(d.size for d in dims), dims=expressions)
+    sizes = structure.sizes({name: int(mask.sum()) for name, mask in cut.items()})
+    changes = tuple(
+        AttributeChange(module=a.module, name=a.name, index=a.index, before=dim.size, after=size_under(dim, sizes))
+        for a, dim in structure.attributes.items()
+        if size_under(dim, sizes) != dim.size
+    )
+    axes = {
+        name: AxisCut(size=mask.numel(), kept=tuple(mask.nonzero().flatten().tolist())) for name, mask in cut.items()
+    }
+    return Plan(axes=axes, tensors=tensors, attributes=changes)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Cut `model` in place; its parameters become new tensors, without gradients. Shared tensors stay shared.
+
+    Raises:
+        PlanMismatch: The plan was made for another model; `model` is then untouched.
+    """
+    _check(model, plan)
+    replaced: dict[int, Tensor] = {}
+    for name, tensor in state_of(model).items():
+        if name in plan.tensors:
+            replaced[id(tensor)] = _cut(name, tensor, plan)
+    replace_tensors(model, replaced)
+    for change in plan.attributes:
+        write_attribute(model, Attribute(change.module, change.name, change.index), change.after)
+    _repair_layers(model)
+
+
+def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:
+    """Put new parameters and buffers in the places of old ones, by the ``id`` of the old; mutates `model`."""
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = own
+            for name, old in tensors.items():
+                if id(old) in replaced:
+                    tensors[name] = replaced[id(old)]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` whose parameters and buffers have shapes but no memory."""
+    memo: dict[int, object] = {}
+    for tensor in state_of(model).values():
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a smaller copy of `model`."""
+    small = copy.deepcopy(model)
+    apply_plan(small, plan)
+    return small
+
+
+def _cut(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+    with torch.no_grad():
+        part = (
+            torch.empty(plan.shape(name), dtype=tensor.dtype, device="meta")
+            if tensor.is_meta
+            else plan.slice(name, tensor)
+        )
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(part.contiguous(), requires_grad=tensor.requires_grad)
+    return part.contiguous()
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    state = state_of(model)
+    for name, cut in plan.tensors.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found != cut.shape:
+            got = "no such tensor" if found is None else f"shape {found}"
+            raise PlanMismatch(
+                f"The plan does not fit this model: it expects {name!r} with shape {cut.shape}, got {got}. "
+                "Pass the constructor of the network that was pruned, with the same settings."
+            )
+    for change in plan.attributes:
+        attribute = Attribute(change.module, change.name, change.index)
+        try:
+            found_value = read_attribute(model, attribute)
+        except (AttributeError, IndexError, TypeError):
+            found_value = None
+        if found_value != change.before:
+            raise PlanMismatch(
+                f"The plan does not fit this model: it expects {attribute} = {change.before}, got {found_value}. "
+                "Pass the constructor of the network that was pruned, with the same settings."
+            )
+
+
+def _repair_layers(model: nn.Module) -> None:
+    for module in model.modules():
+        for layer, attribute, tensor, dim in _LAYER_SIZES:
+            value = getattr(module, tensor, None) if isinstance(module, layer) else None
+            if isinstance(value, Tensor):
+                setattr(module, attribute, value.shape[dim])
+        if isinstance(module, nn.modules.conv._ConvNd):
+            first, second = module.weight.shape[:2]
+            ins, outs = (first, second * module.groups) if module.transposed else (second * module.groups, first)
+            module.in_channels, module.out_channels = ins, outs

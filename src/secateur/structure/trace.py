@@ -1,0 +1,130 @@
+"""Runs a model once and returns its structure.
+
+Below the modules there are only ATen operations, so every model that runs can be traced, whatever its Python looks
+like. Two modes listen: one sees each ATen operation and asks its rule, the other sees the Python calls above and
+follows integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.structure.calls import FunctionCall, implicitly_read, value_arguments
+from secateur.structure.dims import freeze, product
+from secateur.structure.inputs import as_inputs, call_with_state, output_tensors, state_of, undisturbed
+from secateur.structure.operations import bind, operation_name
+from secateur.structure.provenance import TracedInt, traced_attributes
+from secateur.structure.rules import apply_rule
+from secateur.structure.solve import solve
+from secateur.structure.structure import Structure
+from secateur.structure.tracer import OpCall, Tracer
+
+
+def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Structure:
+    """Return which slices of which tensors live and die together.
+
+    The model runs once, in eval mode and without gradients; it is left as it was (parameters, buffers, modes,
+    random state).
+
+    Args:
+        model: Any module that runs.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example_kwargs: Further keyword arguments.
+
+    Raises:
+        InvalidInputs: The model does not run on these inputs.
+    """
+    inputs = as_inputs(example_inputs, example_kwargs)
+    tracer = Tracer()
+    with undisturbed(model):
+        state = {**state_of(model), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+        tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
+        for name, tensor in state.items():
+            tracer.parameter_of[tensor] = name
+        for tensor in inputs.tensors():
+            tracer.fresh(tensor, "input")
+        with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
+            output = call_with_state(model, state, inputs)
+        for tensor in output_tensors(output):
+            for dim in tracer.dims(tensor):
+                freeze(dim, "output")
+    return solve(model, tracer, tensors, inputs)
+
+
+class _OperationMode(TorchDispatchMode):
+    """Runs each ATen operation and asks its rule."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = operation_name(func)
+        self.tracer.operations.append(name)
+        apply_rule(OpCall(self.tracer, name, bind(func, args, kwargs or {}), result))
+        return result
+
+
+class _FunctionMode(TorchFunctionMode):
+    """Remembers which Python call is running, and lets sizes that the code reads remember their dim."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if getattr(func, "__self__", None) is torch.Tensor.shape or name in ("size", "numel"):
+            return self._read_size(func(*args, **kwargs), args[0], args[1:] or tuple(kwargs.values()))
+        call = FunctionCall(name, args, kwargs)
+        for integer in value_arguments(call):
+            self.tracer.read_value(integer.expression)
+        scaled = implicitly_read(call)
+        if scaled is not None:
+            self.tracer.read_value(self.tracer.dims(scaled)[-1])
+        self.tracer.calls.append(call)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tracer.calls.pop()
+
+    def _read_size(self, value: Any, tensor: Tensor, position: tuple[Any, ...]) -> Any:
+        dims, notify = self.tracer.dims(tensor), self.tracer.read_value
+        if isinstance(value, torch.Size):
+            return torch.Size([TracedInt(n, dim, notify) for n, dim in zip(value, dims, strict=True)])
+        dim = dims[position[0]] if position else product(dims)
+        return TracedInt(value, dim, notify)
+
+
+@contextmanager
+def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Know the running module, see through the Python functions of ``torch.nn.functional``, follow attributes."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tracer.modules.append(names.get(module, type(module).__name__))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        tracer.modules.pop()
+
+    with ExitStack() as stack:
+        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+            # Otherwise a Python function such as F.multi_head_attention_forward arrives as one opaque call.
+            stack.enter_context(patch.object(torch.nn.functional, name, lambda *_: False))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(traced_attributes(model, tracer.read_value))
+        yield

@@ -1,0 +1,185 @@
+"""What a trace collects while the model runs, and what a rule may say.
+
+`Tracer` is the vocabulary of the rules: which dims a tensor has, which dims are equal, what an operation sums over, how
+much it costs, which sizes the model's code wrote down. It runs nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from secateur.structure import dims as algebra
+from secateur.structure.calls import FunctionCall, Sizes
+from secateur.structure.dims import Dim, freeze, leaf
+from secateur.structure.provenance import Expression
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The model's code says that a size equals an expression."""
+
+    expression: Expression
+    dim: Dim
+    where: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an operation combines all indices of a dim: the units are *consumed* here.
+
+    Attributes:
+        argument: Name of the operation's argument.
+        position: Which of its dims.
+        dim: The dim's expression over axes.
+        fill: The value that leaves the result as if the unit were absent (0 for a sum, -inf for a maximum).
+    """
+
+    argument: str
+    position: int
+    dim: Dim
+    fill: float = 0.0
+
+
+@dataclass
+class Tracer:
+    """Everything that one traced run has said about the model's dims."""
+
+    dims_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    parameter_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    constraints: list[Constraint] = field(default_factory=list)
+    value_reads: list[tuple[Expression, str]] = field(default_factory=list)
+    equal_counts: list[tuple[list[Dim], str]] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    sites: dict[int, list[Site]] = field(default_factory=lambda: defaultdict(list))
+    multiply_adds: list[tuple[Dim, ...]] = field(default_factory=list)
+    consumers: dict[str, list[Dim]] = field(default_factory=lambda: defaultdict(list))
+    calls: list[FunctionCall] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------ where we are
+
+    @property
+    def call(self) -> FunctionCall | None:
+        """The innermost torch function that the model's code called."""
+        return self.calls[-1] if self.calls else None
+
+    def where(self) -> str:
+        """Return the present place in words, for reasons that a person reads."""
+        name = self.call.name if self.call else (self.operations[-1] if self.operations else "the model")
+        path = self.modules[-1] if self.modules else ""
+        return f"{name} in {path}" if path else name
+
+    # ------------------------------------------------------------------------------------------------- dims
+
+    def dims(self, tensor: Tensor) -> list[Dim]:
+        """Return the dims of a tensor; a tensor nobody has seen yet is a constant, and frozen."""
+        known: list[Dim] | None = self.dims_of.get(tensor)
+        if known is None or len(known) != tensor.dim():
+            known = self.fresh(tensor, f"constant tensor used by {self.where()}")
+        return known
+
+    def set(self, tensor: Tensor, dims: Sequence[Dim]) -> None:
+        """Record the dims of a result."""
+        self.dims_of[tensor] = list(dims)
+
+    def fresh(self, tensor: Tensor, reason: str = "") -> list[Dim]:
+        """Give a tensor axes of its own, frozen if a reason is given."""
+        dims = [leaf(size, reason if size > 1 else "") for size in tensor.shape]
+        self.set(tensor, dims)
+        return dims
+
+    def follow(self, result: Tensor, source: Tensor, dims: Sequence[Dim]) -> None:
+        """Record the dims of a rearranged tensor; a rearranged parameter still is that parameter."""
+        self.set(result, dims)
+        name = self.parameter_of.get(source)
+        if name is not None:
+            self.parameter_of[result] = name
+
+    # -------------------------------------------------------------------------------------------- equations
+
+    def unify(self, a: Dim, b: Dim) -> None:
+        """Say that two dims are the same."""
+        algebra.unify(a, b, f"sizes do not align at {self.where()}")
+
+    def freeze(self, dims: Iterable[Dim], reason: str) -> None:
+        """Say that dims must not be cut, and why."""
+        for dim in dims:
+            freeze(dim, f"{reason} ({self.where()})")
+
+    def constrain(self, expression: Expression | None, dim: Dim) -> None:
+        """Say that the code writes `expression` where it means the size of `dim`."""
+        if expression is not None and dim.size != 1:
+            self.constraints.append(Constraint(expression, dim, self.where()))
+
+    def constrain_all(self, sizes: Sizes, dims: Sequence[Dim]) -> None:
+        """Constrain each dim by the size that the code wrote for it."""
+        for expression, dim in zip(sizes, dims, strict=True):
+            self.constrain(expression, dim)
+
+    def read_value(self, expression: Expression) -> None:
+        """Say that the code uses a size as a number."""
+        self.value_reads.append((expression, self.where()))
+
+    # ------------------------------------------------------------------------- what operations do with dims
+
+    def consume(self, argument: str, tensor: Tensor, positions: Iterable[int], fill: float = 0.0) -> None:
+        """Say that the operation combines all indices of some dims of an argument."""
+        known = self.dims(tensor)
+        for position in positions:
+            if known[position].size != 1:
+                self.sites[len(self.operations) - 1].append(Site(argument, position, known[position], fill))
+
+    def contract(self, left: tuple[str, Tensor, int], right: tuple[str, Tensor, int]) -> None:
+        """Say that the operation sums over the product of two dims, which therefore are equal."""
+        (a_name, a, i), (b_name, b, j) = left, right
+        self.unify(self.dims(a)[i], self.dims(b)[j])
+        self.consume(a_name, a, [i])
+        self.consume(b_name, b, [j])
+        for tensor, position in ((a, i), (b, j)):
+            name = self.parameter_of.get(tensor)
+            if name is not None:
+                self.consumers[name].append(self.dims(tensor)[position])
+
+    def cost(self, *dims: Dim) -> None:
+        """Say that the operation takes as many multiply-adds as the product of the sizes of `dims`."""
+        self.multiply_adds.append(dims)
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One ATen operation: its name without overload and trailing underscore, its arguments by name, its result."""
+
+    tracer: Tracer
+    name: str
+    arguments: Mapping[str, Any]
+    result: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def out(self) -> Tensor:
+        """The first tensor of the result."""
+        first: Tensor = self.result[0] if isinstance(self.result, tuple | list) else self.result
+        return first
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensor arguments, lists opened."""
+        found: list[Tensor] = []
+        for value in self.arguments.values():
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, tuple | list):
+                found.extend(item for item in value if isinstance(item, Tensor))
+        return found
+
+    def results(self) -> list[Tensor]:
+        """Return all tensors of the result."""
+        values = self.result if isinstance(self.result, tuple | list) else [self.result]
+        return [value for value in values if isinstance(value, Tensor)]

@@ -1,0 +1,134 @@
+"""The proof of an analysis, by permutation.
+
+If an axis is right, then reordering its units by the same random permutation in every member tensor leaves the output
+unchanged. One forward pass with all axes permuted at once checks the whole analysis. It runs on re-drawn parameters,
+because freshly initialized ones (zero scales, equal running statistics) hide errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from secateur.structure.dims import Dim, order_under
+from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
+
+if TYPE_CHECKING:
+    from secateur.structure.structure import Structure
+
+PERMUTATION_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of a proof.
+
+    Attributes:
+        max_error: Largest difference of the outputs, relative to the largest output.
+        ok: Whether that is at the level of rounding.
+        failed: The axes for which it is not.
+    """
+
+    max_error: float
+    ok: bool
+    failed: tuple[str, ...] = ()
+
+
+def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Return a generic state: random parameters of moderate size, random statistics, positive where they were."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in state_of(model).items():
+        if not tensor.is_floating_point():
+            state[name] = tensor.clone()
+        elif name in structure.parameters:
+            # PyTorch picks the operations of a linear layer by this flag, even without gradients.
+            state[name] = _redraw_parameter(tensor, dtype, generator).requires_grad_(tensor.requires_grad)
+        else:
+            state[name] = _redraw_buffer(tensor, dtype, generator)
+    return state
+
+
+def _redraw_parameter(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    if tensor.dim() < 2:
+        noise = 1 + 0.5 * noise
+    else:
+        noise *= (tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5
+    return noise.to(tensor.device, dtype)
+
+
+def _redraw_buffer(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Vectors are statistics; larger buffers are tables and masks, whose values mean something."""
+    if tensor.dim() != 1 or tensor.numel() < 2 or not bool(tensor.isfinite().all()):
+        return tensor.to(dtype, copy=True)
+    if bool((tensor >= 0).all()):
+        values = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    else:
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return values.to(tensor.device, dtype)
+
+
+def verify_structure(model: nn.Module, structure: Structure, seed: int = 0) -> Verification:
+    """Permute all prunable axes at once and compare the outputs; on failure find out which axes are to blame.
+
+    Runs in float32, and once more in float64 if rounding could explain the difference.
+    """
+    names = [axis.name for axis in structure.prunable]
+    return _decide(
+        names, PERMUTATION_TOLERANCE, lambda subset, dtype: _permutation_error(model, structure, subset, dtype, seed)
+    )
+
+
+def _permutation_error(
+    model: nn.Module, structure: Structure, names: Sequence[str], dtype: torch.dtype, seed: int
+) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    orders = {structure.axis(n).leaf: torch.randperm(structure.axis(n).size, generator=generator) for n in names}
+    inputs = structure.inputs.to(dtype)
+    with undisturbed(model):
+        state = redraw(model, structure, dtype, seed)
+        expected = call_with_state(model, {n: t.clone() for n, t in state.items()}, inputs)
+        found = call_with_state(model, _permute(state, structure, orders), inputs)
+    return relative_error(found, expected)
+
+
+def _permute(state: Mapping[str, Tensor], structure: Structure, orders: Mapping[Dim, Tensor]) -> dict[str, Tensor]:
+    permuted = {}
+    for name, tensor in state.items():
+        for position, dim in enumerate(structure.tensors[name]):
+            order = order_under(dim, orders)
+            if not bool((order == torch.arange(dim.size)).all()):
+                tensor = tensor.index_select(position, order.to(tensor.device))
+        permuted[name] = tensor
+    return permuted
+
+
+def _decide(
+    names: Sequence[str],
+    tolerance: Mapping[torch.dtype, float],
+    error: Callable[[Sequence[str], torch.dtype], float],
+) -> Verification:
+    """Try all axes in float32, then in float64, then halves of them until each culprit stands alone."""
+    worst = 0.0
+    for dtype in (torch.float32, torch.float64):
+        worst = error(names, dtype)
+        if worst <= tolerance[dtype]:
+            return Verification(worst, ok=True)
+    return Verification(worst, ok=False, failed=tuple(_culprits(names, tolerance[torch.float64], error)))
+
+
+def _culprits(
+    names: Sequence[str], tolerance: float, error: Callable[[Sequence[str], torch.dtype], float]
+) -> list[str]:
+    if error(names, torch.float64) <= tolerance:
+        return []
+    if len(names) == 1:
+        return list(names)
+    half = len(names) // 2
+    found = _culprits(names[:half], tolerance, error) + _culprits(names[half:], tolerance, error)
+    return found or list(names)  # only together: none of them can be trusted

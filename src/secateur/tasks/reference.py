@@ -1,0 +1,100 @@
+"""Reference networks: trained once by `secateur train`, kept in the package with the record of how."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.atomic import written_atomically
+from secateur.deploy import safetensors
+from secateur.environment import environment
+from secateur.errors import MissingCheckpoint
+from secateur.measure.profile import profile
+from secateur.parts.recovery.fine_tune import FineTune
+from secateur.tasks.task import Task
+from secateur.training.loop import OnStep, Trainer
+
+
+def load_reference(task: Task, network: str | None = None) -> nn.Module:
+    """Return the trained reference network of a task, in eval mode.
+
+    Raises:
+        MissingCheckpoint: The package has none for this network.
+    """
+    network = network or task.default_network
+    path = reference_path(task, network)
+    if not path.is_file():
+        raise MissingCheckpoint(
+            f"There is no reference for {network!r} on {task.name!r}. "
+            f"Train one: secateur train {task.name} --network {network} --out {path.name}"
+        )
+    return safetensors.read(path, lambda: task.build(network))
+
+
+def reference_path(task: Task, network: str) -> Path:
+    """Return where the package keeps a reference."""
+    return Path(str(files("secateur.tasks"))) / "references" / f"{task.name}-{network}.safetensors"
+
+
+def train_reference(
+    task: Task,
+    network: str | None = None,
+    *,
+    seed: int = 0,
+    settings: FineTune | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train a network of a task and return it with the record of its training.
+
+    Args:
+        task: What to train on.
+        network: Which network; default: the task's.
+        seed: Controls weights, order and augmentation.
+        settings: Training settings; default: the task's for this network.
+        checkpoint: File to resume from if it exists, and to write at the end of each epoch.
+        on_step: Called after each step.
+    """
+    network = network or task.default_network
+    settings = settings or task.training_of(network)
+    start = perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.build(network)
+        data = task.train_batches(seed)
+        trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
+        last = round(settings.epochs * len(data))
+        history = trainer.run(data, 0, last, evaluate=task.validation_accuracy, on_step=on_step, checkpoint=checkpoint)
+    record = {
+        "task": task.name,
+        "task_version": task.version,
+        "data": task.digest,
+        "network": network,
+        "width": task.networks.get(network),
+        "seed": seed,
+        "training": settings.model_dump(mode="json"),
+        "batch_size": task.batch_size,
+        "label_smoothing": task.label_smoothing,
+        "precision": task.precision,
+        "profile": profile(model, task.example()).as_dict(),
+        "validation_accuracy": history[-1]["validation"],
+        "test_accuracy": task.test_accuracy(model),
+        "seconds": round(perf_counter() - start, 1),
+        "environment": environment(),
+        "history": history,
+    }
+    return model.eval(), record
+
+
+def save_reference(model: nn.Module, record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a trained network and, beside it, its record as JSON."""
+    safetensors.write(path, model, about={key: value for key, value in record.items() if key != "history"})
+    with written_atomically(Path(path).with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

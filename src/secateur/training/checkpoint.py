@@ -1,0 +1,69 @@
+"""Training checkpoints: everything that is needed to go on as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.atomic import written_atomically
+from secateur.errors import InvalidFile, PlanMismatch
+
+
+@dataclass
+class Progress:
+    """Where a training run is.
+
+    Attributes:
+        step: Number of finished optimizer steps.
+        losses: Training losses since the last entry of the history.
+        history: See `training.loop.History`.
+        epoch_rng: PyTorch's random state when the present epoch began.
+        rng: PyTorch's random state when the checkpoint was written.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    epoch_rng: Tensor = field(default_factory=torch.get_rng_state)
+    rng: Tensor | None = None
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    """Write the state of a training run; the file appears whole or not at all."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": {**vars(progress), "rng": torch.get_rng_state()},
+    }
+    with written_atomically(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> Progress:
+    """Put a checkpoint's state into `model` and `optimizer` and return where it was; no code in the file is run.
+
+    Raises:
+        InvalidFile: The file is damaged.
+        PlanMismatch: It is of another model.
+    """
+    try:
+        state: dict[str, Any] = torch.load(Path(path), weights_only=True)
+        progress = Progress(**state["progress"])
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
+        raise InvalidFile(
+            f"The checkpoint {os.fspath(path)!r} is damaged: {error}. Delete it to start anew."
+        ) from error
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlanMismatch(f"The checkpoint {os.fspath(path)!r} is of another model: {reason}") from error
+    return progress

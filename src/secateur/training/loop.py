@@ -1,0 +1,272 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core.batches import Data, Loss, default_loss, split_batch, to_device
+from secateur.core.masks import Masks
+from secateur.errors import DataNeeded, TrainingDiverged
+from secateur.parts.recovery.fine_tune import FineTune
+from secateur.structure.inputs import undisturbed
+from secateur.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from secateur.training.data import TensorBatches
+from secateur.training.fabric import average_buffers, make_fabric, share_data
+from secateur.training.hooks import Hooks, TrainingState
+
+History = list[dict[str, float]]
+"""Entries with step, train_loss (mean since the last entry) and lr; validation at the start and after each epoch."""
+
+LOG_ENTRIES = 20
+"""A history has about so many entries, or one per epoch if that is more."""
+
+OnStep = Callable[[TrainingState], None]
+Evaluate = Callable[[nn.Module], float]
+"""Returns the validation metric of a model; higher is better."""
+
+
+class Trainer:
+    """Trains one model, in one or several stretches of steps with one optimizer.
+
+    With several processes every one sees its part of each batch, and batch normalization normalizes that part; the
+    running statistics are averaged at the end, so that all processes go on with the same network.
+
+    Args:
+        model: Is trained in place.
+        settings: Optimizer, learning rate, loss.
+        loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
+        teacher: The unpruned network, for distillation.
+        hooks: What methods do around each step.
+        precision: ``32-true`` or ``bf16-mixed``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: FineTune,
+        *,
+        loss: Loss | None = None,
+        teacher: nn.Module | None = None,
+        hooks: Sequence[Hooks] = (),
+        precision: str = "32-true",
+    ) -> None:
+        self.model, self.settings, self.hooks = model, settings, tuple(hooks)
+        self._loss = loss
+        self._teacher = teacher
+        self._fabric = make_fabric(model, precision)
+        self.optimizer = make_optimizer(model, settings)
+        self._wrapped, self._wrapped_optimizer = self._fabric.setup(model, self.optimizer)
+        self._mask_handle: RemovableHandle | None = None
+
+    def mask(self, masks: Masks) -> None:
+        """Hold these masks from now on."""
+        if self._mask_handle is not None:
+            self._mask_handle.remove()
+        self._mask_handle = masks.attach(self.optimizer)
+
+    def run(
+        self,
+        data: Data,
+        first: int,
+        last: int,
+        *,
+        lr_span: tuple[int, int] | None = None,
+        evaluate: Evaluate | None = None,
+        on_step: OnStep | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 0,
+    ) -> History:
+        """Train from step `first` to step `last` and return the history; a step number stands for a place in the data.
+
+        Args:
+            data: Batches; must have a length.
+            first: Number of steps done before.
+            last: Number of steps done at the end.
+            lr_span: Between which steps the learning rate schedule runs; default: these.
+            evaluate: Validation metric, at the end of each epoch.
+            on_step: Called after each step, for progress bars.
+            checkpoint: File to resume from if it exists, and to write at the end of each epoch.
+            checkpoint_every: Write it every so many steps too.
+
+        Raises:
+            TrainingDiverged: The loss is NaN or infinite.
+        """
+        data = share_data(data)
+        per_epoch = epoch_length(data)
+        progress = Progress(step=first)
+        if checkpoint is not None and Path(checkpoint).exists():
+            progress = load_checkpoint(checkpoint, self.model, self.optimizer)
+        state = TrainingState(self.model, self.optimizer, progress.step, last)
+        log_every = max(1, min(per_epoch, (last - first) // LOG_ENTRIES))
+        self._call("on_start", state)
+        if evaluate is not None and progress.step == first < last and not progress.history:
+            progress.history.append({"step": first, "validation": self._validate(evaluate)})
+        with _mode(self.model, training=True), _mode(self._teacher, training=False):
+            for batch in _batches(data, per_epoch, progress) if progress.step < last else ():
+                state.lr = self._set_lr(progress.step, lr_span or (first, last))
+                state.loss = self._step(batch, state)
+                progress.losses.append(state.loss)
+                state.step = progress.step = progress.step + 1
+                if on_step is not None:
+                    on_step(state)
+                finished = progress.step % per_epoch == 0 or progress.step == last
+                if finished or progress.step % log_every == 0:
+                    self._log(progress, state, evaluate if finished else None)
+                if checkpoint is not None and (
+                    finished or (checkpoint_every and progress.step % checkpoint_every == 0)
+                ):
+                    save_checkpoint(checkpoint, self.model, self.optimizer, progress)
+                if progress.step == last:
+                    break
+        average_buffers(self.model)
+        self._call("on_end", state)
+        return progress.history
+
+    def _step(self, batch: Any, state: TrainingState) -> float:
+        """One optimizer step; returns the loss."""
+        batch = to_device(batch, self._fabric.device)
+        args, kwargs, target = split_batch(batch)
+        teacher_output = None
+        if self._teacher is not None:
+            with torch.no_grad(), self._fabric.autocast():
+                teacher_output = self._teacher(*args, **kwargs)
+        output = self._wrapped(*args, **kwargs)
+        loss = self.settings.loss(self._loss or default_loss(batch), output, target, teacher_output)
+        for hook in self.hooks:
+            term = hook.loss_term(state)
+            loss = loss if term is None else loss + term
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"The loss became {value} at step {state.step + 1} (learning rate {state.lr:.3g}). "
+                "Lower the learning rate, or look for NaN and infinite values in the data."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self._fabric.backward(loss)
+        self._call("after_backward", state)
+        self._wrapped_optimizer.step()
+        self._call("after_step", state)
+        return value
+
+    def _set_lr(self, step: int, span: tuple[int, int]) -> float:
+        lr = learning_rate(self.settings, (step - span[0]) / max(span[1] - span[0], 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _log(self, progress: Progress, state: TrainingState, evaluate: Evaluate | None) -> None:
+        entry = {"step": progress.step, "train_loss": sum(progress.losses) / len(progress.losses), "lr": state.lr}
+        if evaluate is not None:
+            entry["validation"] = self._validate(evaluate)
+        progress.history.append(entry)
+        progress.losses.clear()
+
+    def _validate(self, evaluate: Evaluate) -> float:
+        with undisturbed(self.model):
+            return evaluate(self.model)
+
+    def _call(self, moment: str, state: TrainingState) -> None:
+        for hook in self.hooks:
+            getattr(hook, moment)(state)
+
+
+def learning_rate(settings: FineTune, progress: float) -> float:
+    """Return the learning rate at `progress` in [0, 1) of a schedule."""
+    if progress < settings.warmup:
+        return settings.lr * (progress / settings.warmup)
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
+
+
+def make_optimizer(model: nn.Module, settings: FineTune) -> Optimizer:
+    """Return the optimizer of the settings; vectors (biases, normalization) do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+
+def epoch_length(data: Data) -> int:
+    """Return the number of batches in one pass.
+
+    Raises:
+        DataNeeded: The data have no length, or none.
+    """
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise DataNeeded("Training data must have a length: pass a DataLoader or a list of batches.") from error
+    if length == 0:
+        raise DataNeeded("The training data are empty.")
+    return length
+
+
+def _batches(data: Data, per_epoch: int, progress: Progress) -> Iterator[Any]:
+    """Yield batches from a step on, epoch after epoch, with the random state that an undisturbed run would have."""
+    while True:
+        epoch, skipped = divmod(progress.step, per_epoch)
+        rng, progress.rng = progress.rng, None
+        if skipped and rng is not None:
+            torch.set_rng_state(progress.epoch_rng)  # a shuffling DataLoader draws its order from this
+        else:
+            if rng is not None:
+                torch.set_rng_state(rng)
+            progress.epoch_rng = torch.get_rng_state()
+        in_order = data.at_epoch(epoch) if isinstance(data, TensorBatches) else data
+        for i, batch in enumerate(in_order):
+            if i < skipped:
+                continue
+            if skipped and i == skipped and rng is not None:
+                torch.set_rng_state(rng)
+            yield batch
+
+
+@contextmanager
+def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
+    """Set train or eval mode, and the memory layout in which CPU convolutions are fastest; both restored."""
+    if model is None:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def accuracy(data: Data) -> Evaluate:
+    """Return a metric: the fraction of samples of `data` whose largest logit is at the target."""
+
+    def evaluate(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        right = seen = 0
+        with undisturbed(model), torch.inference_mode():
+            for batch in data:
+                args, kwargs, target = split_batch(to_device(batch, device))
+                output = model(*args, **kwargs)
+                logits: Tensor = getattr(output, "logits", output)
+                right += int((logits.argmax(-1) == target).sum())
+                seen += target.numel()
+        return right / seen
+
+    return evaluate

@@ -1,0 +1,82 @@
+"""Recovery during a pruning run: trains the network between and after the pruning moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from secateur.core.batches import Data, Loss
+from secateur.core.masks import Masks
+from secateur.core.recipe import Recipe
+from secateur.core.slots import Level
+from secateur.core.units import Units
+from secateur.errors import DataNeeded
+from secateur.measure.profile import count_macs
+from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.recovery.fine_tune import FineTune
+from secateur.training.loop import Evaluate, History, OnStep, Trainer, epoch_length
+
+
+class Recoverer:
+    """What the engine calls after each pruning moment; does nothing if the recipe has no recovery.
+
+    Attributes:
+        history: One entry per epoch of all stretches.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dense: nn.Module,
+        example_inputs: Any,
+        data: Data | None,
+        *,
+        loss: Loss | None = None,
+        evaluate: Evaluate | None = None,
+        on_step: OnStep | None = None,
+        precision: str = "32-true",
+    ) -> None:
+        self.history: History = []
+        self._recipe, self._dense, self._inputs, self._data = recipe, dense, example_inputs, data
+        self._loss, self._evaluate, self._on_step, self._precision = loss, evaluate, on_step, precision
+        self._trainer: Trainer | None = None
+        self._step = 0
+        if recipe.recovery.epochs and data is None:
+            raise DataNeeded(f"The recovery {recipe.recovery.name!r} trains the network: pass data=.")
+
+    def __call__(self, units: Units, level: Level, until: float) -> None:
+        """Train for this level's share of the recovery."""
+        settings = self._recipe.recovery
+        if not isinstance(settings, FineTune) or self._data is None:
+            return
+        total = self.total_steps(units.model, settings)
+        first = self._step
+        last = self._step = first + round(until * total) - round(level.at * total)
+        trainer = self._trainer_of(units, settings)
+        span = (first, last) if self._recipe.schedule.restarts else (0, total)
+        self.history += trainer.run(
+            self._data, first, last, lr_span=span, evaluate=self._evaluate, on_step=self._on_step
+        )
+
+    def total_steps(self, model: nn.Module, settings: FineTune) -> int:
+        """Return the number of optimizer steps of the whole recovery for a network of this size."""
+        assert self._data is not None
+        steps = settings.epochs * epoch_length(self._data)
+        if settings.compute == "dense epochs":
+            steps *= count_macs(self._dense, self._inputs).total / count_macs(model, self._inputs).total
+        return max(1, round(steps))
+
+    def _trainer_of(self, units: Units, settings: FineTune) -> Trainer:
+        """Return the trainer of the present network; the same one, with its momentum, while the network is the same."""
+        if self._trainer is None or self._trainer.model is not units.model:
+            self._trainer = Trainer(
+                units.model,
+                settings,
+                loss=self._loss,
+                teacher=self._dense if settings.needs_teacher else None,
+                precision=self._precision,
+            )
+        if isinstance(units, WeightUnits):
+            self._trainer.mask(Masks(units.model, units.masks))
+        return self._trainer

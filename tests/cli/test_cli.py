@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from secateur.cli import common, main
+from secateur.testing.toys import NETWORKS
+
+USER = """
+import torch
+from torch import nn
+from secateur.testing.toys import resnet20, toy_batches
+
+def make_model():
+    torch.manual_seed(0)
+    return resnet20()
+
+def make_data():
+    return toy_batches("resnet20"), toy_batches("resnet20", seed=1)
+
+def make_example():
+    return torch.zeros(1, 3, 16, 16)
+
+def needs_argument(x):
+    return x
+
+NOT_CALLABLE = 3
+"""
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    (tmp_path / "user_code.py").write_text(USER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
+        try:
+            main.run()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield call
+    sys.modules.pop("user_code", None)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "prune", "inspect", "methods", "export"])
+def test_every_command_has_help(cli, command):
+    code, out, _ = cli(*filter(None, [command]), "--help")
+    assert code == 0 and "Usage: secateur" in out
+
+
+def test_methods_lists_and_shows_cards(cli):
+    code, out, _ = cli("methods")
+    assert code == 0 and all(name in out for name in ("magnitude", "random", "taylor"))
+    code, out, _ = cli("methods", "taylor")
+    assert code == 0 and "Taylor importance" in out and "Deviations" in out
+    assert json.loads(cli("methods", "--json")[1])[0]["name"]
+
+
+def test_inspect_shows_axes_and_frozen_dims(cli):
+    code, out, _ = cli("inspect", "user_code:make_model", "--shape", "1,3,16,16")
+    assert code == 0 and "blocks.0.conv1" in out and "convolution kernel" in out and "Proof" in out
+    data = json.loads(cli("inspect", "user_code:make_model", "--example", "user_code:make_example", "--json")[1])
+    axis = next(a for a in data["axes"] if a["name"] == "fc")
+    assert axis == {**axis, "prunable": False, "reason": "output"} and data["permutation_error"] < 1e-5
+    assert "indexed by a number" in cli("inspect", "digits/vit", "--frozen")[1]
+
+
+def recipe(tmp_path, **content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+OWN = {
+    "model": "user_code:make_model",
+    "data": "user_code:make_data",
+    "example": [1, 3, 16, 16],
+    "method": "taylor",
+    "budget": {"macs": 0.5},
+    "recipe": {"granularity": "channel", "recovery": {"name": "fine-tune", "epochs": 1}},
+}
+
+
+def test_prune_a_users_own_network_and_export_it(cli, tmp_path):
+    code, out, err = cli("prune", recipe(tmp_path, **OWN), "--out", "small")
+    assert code == 0, err
+    assert {p.name for p in (tmp_path / "small").iterdir()} == {"model.safetensors", "record.json", "report.html"}
+    record = json.loads((tmp_path / "small" / "record.json").read_text())
+    assert record["after"]["macs"] <= record["before"]["macs"] / 2 and record["history"][-1]["validation"] >= 0
+    assert "MACs" in out
+
+    for format in ("onnx", "pt2"):
+        code, out, err = cli(
+            "export", "small/model.safetensors", "--build", "user_code:make_model", "--shape", "1,3,16,16",
+            "--format", format, "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads(out)["format"] == format and (tmp_path / "small" / f"model.{format}").exists()
+
+
+def test_options_override_the_file_and_json_is_json(cli, tmp_path):
+    other = {**OWN, "model": "user_code:nothing", "method": "random", "recipe": {"granularity": "channel"}}
+    code, out, _ = cli(
+        "prune", recipe(tmp_path, **other), "--model", "user_code:make_model", "--seed", 7, "--json", "--out", "o"
+    )
+    assert code == 0 and json.loads(out)["seed"] == 7
+
+
+def test_prune_a_task(cli, tmp_path):
+    content = {"task": "digits", "network": "vit", "method": "magnitude", "budget": {"sparsity": 0.5}}
+    code, out, err = cli("prune", recipe(tmp_path, **content), "--out", "o")
+    assert code == 0, err
+    assert "accuracy" in out and "non-zero" in out
+
+
+def test_train_writes_weights_and_record(cli, tmp_path):
+    code, out, err = cli("train", "digits", "--network", "vit", "--epochs", "1", "--out", "v.safetensors")
+    assert code == 0, err
+    assert "test accuracy" in out and json.loads((tmp_path / "v.json").read_text())["training"]["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("methods", "taylr"), "Unknown method 'taylr'. Did you mean 'taylor'?"),
+        (("demo", "--task", "imagenet"), "Unknown task 'imagenet'"),
+        (("train", "digits", "--network", "alexnet"), "Unknown network of task 'digits' 'alexnet'"),
+        (("train", "digits", "--lr", "-1"), "lr: Input should be greater than 0"),
+        (("inspect", "nowhere:f", "--shape", "1,2"), "Cannot import the module of 'nowhere:f'"),
+        (("inspect", "user_code:g", "--shape", "1,2"), "has no 'g'"),
+        (("inspect", "user_code", "--shape", "1,2"), "must have the form module:function"),
+        (("inspect", "user_code:make_model"), "either --shape, or --example"),
+        (("inspect", "user_code:make_model", "--shape", "1,x"), "is not a shape"),
+        (("inspect", "user_code:make_model", "--shape", "0,3"), "at least 1"),
+        (("inspect", "user_code:make_model", "--shape", "1,5,16,16"), "does not run on the example inputs"),
+        (("inspect", "user_code:needs_argument", "--shape", "1,2"), "callable without arguments"),
+        (("inspect", "user_code:NOT_CALLABLE", "--shape", "1,2"), "is not a function"),
+        (("prune", "missing.yaml"), "Cannot read missing.yaml"),
+        (("export", "missing.safetensors", "--build", "user_code:make_model", "--shape", "1,2"), "There is no file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(cli, args, message):
+    code, out, err = cli(*args)
+    assert code == 2 and out == "" and message in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": {"macs": 2}}, "budget.*macs: Input should be less than 1"),
+        ({"budget": {}}, "exactly one of params, macs"),
+        ({"budgett": {}}, "budgett: Extra inputs are not permitted"),
+        ({"method": "tailor"}, "Unknown method 'tailor'"),
+        ({"recipe": {"granularty": "channel"}}, "unknown option 'granularty'"),
+        ({"recipe": {"granularity": "channel", "schedule": {"name": "iterative", "steps": 0}}}, "steps"),
+        ({"model": None}, "either a task, or a model"),
+        ({"task": "digits"}, "either a task, or a model"),
+        ({"example": None}, "needs example"),
+        ({"budget": {"macs": 0.001}}, "The budget cannot be met"),
+        ({"data": None}, "pass data="),
+    ],
+)
+def test_bad_recipes_are_one_line(cli, tmp_path, change, message):
+    import re
+
+    content = {key: value for key, value in {**OWN, **change}.items() if value is not None}
+    code, _, err = cli("prune", recipe(tmp_path, **content))
+    assert code == 2 and re.search(message, err) and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_recipe_file_must_be_yaml_with_keys(cli, tmp_path):
+    (tmp_path / "r.yaml").write_text("[1, 2")
+    assert "is not YAML" in cli("prune", "r.yaml")[2]
+    (tmp_path / "r.yaml").write_text("- a\n- b")
+    assert "must hold keys and values" in cli("prune", "r.yaml")[2]
+
+
+def test_shapes_are_written_with_commas_or_crosses():
+    assert common.parse_shape("1,3,8,8") == common.parse_shape("1x3x8x8") == (1, 3, 8, 8)
+    assert torch.zeros(common.parse_shape("2")).shape == (2,) and NETWORKS

@@ -1,0 +1,185 @@
+"""The slots of a recipe, run through the engine on small networks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.core.units import draw_fresh
+from secateur.errors import BudgetUnreachable, InvalidScores, MissingCheckpoint, NotApplicable, NothingPrunable
+from secateur.testing.toys import toy, toy_batches
+
+
+def prune(model, x, **options):
+    options.setdefault("method", "magnitude")
+    options.setdefault("budget", sc.Budget(sparsity=0.5))
+    return sc.prune(model, x, **options)
+
+
+def other_state(model, seed=7):
+    torch.manual_seed(seed)
+    return {n: torch.randn_like(t) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_mask_from_init_scores_init_and_keeps_the_live_values(granularity):
+    model, x = toy("mlp")
+    init = copy.deepcopy(model)
+    init.load_state_dict(other_state(model))
+    found = prune(model, x, granularity=granularity, mask_from="init", checkpoints={"init": init.state_dict()})
+    expected = prune(init, x, granularity=granularity)
+    if granularity == "weight":
+        assert all(torch.equal(found.masks[n], expected.masks[n]) for n in found.masks)
+        weight = dict(found.model.named_parameters())["1.weight"]
+        assert torch.equal(weight, model[1].weight * found.masks["1.weight"])
+    else:
+        assert found.structure_plan == expected.structure_plan
+        kept = list(found.structure_plan.axes["1"].kept)
+        assert torch.equal(found.model[1].weight, model[1].weight[kept])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_weights_from_a_checkpoint_are_rewound_under_the_same_mask(granularity):
+    model, x = toy("mlp")
+    early = other_state(model)
+    found = prune(model, x, granularity=granularity, weights_from=100, checkpoints={100: early})
+    expected = prune(model, x, granularity=granularity)
+    assert found.structure_plan == expected.structure_plan
+    if granularity == "weight":
+        assert torch.equal(found.model[1].weight, early["1.weight"] * expected.masks["1.weight"])
+        assert torch.equal(found.model[1].bias, early["1.bias"])
+    else:
+        kept = list(expected.structure_plan.axes["1"].kept)
+        assert torch.equal(found.model[1].weight, early["1.weight"][kept])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_fresh_weights_share_nothing_with_the_pruned_ones_and_depend_on_the_seed(granularity):
+    model, x = toy("mlp")
+    same = prune(model, x, granularity=granularity)
+    fresh = [prune(model, x, granularity=granularity, weights_from="fresh", seed=s) for s in (1, 1, 2)]
+    a, b, c = (f.model[1].weight.detach() for f in fresh)
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == same.model[1].weight.shape
+    alive = same.masks["1.weight"] if granularity == "weight" else torch.ones_like(a).bool()
+    correlation = torch.corrcoef(torch.stack([a[alive], same.model[1].weight.detach()[alive]]))[0, 1]
+    assert abs(correlation) < 0.2
+    if granularity == "weight":
+        assert not a[~alive].any()
+
+
+def test_fresh_weights_need_constructors_that_can_draw_them():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(NotApplicable, match=r"reset_parameters.*Odd"):
+        draw_fresh(Odd())
+
+
+def test_missing_checkpoints_are_named():
+    model, x = toy("mlp")
+    with pytest.raises(MissingCheckpoint, match="'init'; given: 100"):
+        prune(model, x, weights_from="init", checkpoints={100: model.state_dict()})
+    with pytest.raises(MissingCheckpoint, match="given: none"):
+        prune(model, x, mask_from="init")
+
+
+def test_iterative_rounds_reach_exactly_the_budget_and_are_nested():
+    model, x = toy("mlp")
+    result = prune(model, x, schedule={"name": "iterative", "steps": 4}, budget=sc.Budget(sparsity=0.9))
+    total = sum(m.numel() for m in result.masks.values())
+    share = round(0.1 * total) / total
+    assert [r.keep for r in result.rounds] == pytest.approx([share ** (i / 4) for i in (1, 2, 3, 4)])
+    assert sum(int(m.sum()) for m in result.masks.values()) == round(0.1 * total)
+    one_shot = prune(model, x, budget=sc.Budget(sparsity=0.9))
+    assert all(torch.equal(one_shot.masks[n], result.masks[n]) for n in result.masks)  # scores never change
+
+
+def test_iterative_channel_cuts_compose_to_one_plan_for_the_original():
+    model, x = toy("resnet20")
+    result = prune(
+        model, x, granularity="channel", schedule={"name": "iterative", "steps": 3}, budget=sc.Budget(macs=0.3)
+    )
+    assert len(result.proofs) == 3 and all(proof.ok for proof in result.proofs)
+    state = result.structure_plan.slice_state(model.state_dict())
+    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in result.model.state_dict().items()}
+    assert all(torch.equal(t, result.model.state_dict()[n]) for n, t in state.items())
+
+
+def test_nan_scores_are_refused():
+    model, x = toy("mlp")
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(InvalidScores, match="1 of the 1536 scores of '1.weight' are NaN"):
+        prune(model, x)
+
+
+def test_all_equal_scores_still_give_the_exact_count():
+    model, x = toy("mlp")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    for granularity in ("weight", "channel"):
+        result = prune(model, x, granularity=granularity)
+        total = 32 + 24 if granularity == "channel" else 48 * 32 + 32 * 24 + 24 * 10
+        assert result.rounds[-1].cost == total // 2
+        rounds = prune(model, x, granularity=granularity, schedule={"name": "iterative", "steps": 3}).rounds
+        assert rounds[-1].cost == total // 2
+
+
+def test_a_model_with_one_axis_and_budgets_at_the_extremes():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(1, 6)
+    for share, units in ((0.999, 7), (0.5, 4), (0.126, 1)):
+        result = prune(model, x, granularity="channel", budget=sc.Budget(macs=share))
+        assert result.model[0].out_features == units and result.after.macs == 8 * units
+    with pytest.raises(BudgetUnreachable, match=r"at least 0\.1250"):
+        prune(model, x, granularity="channel", budget=sc.Budget(macs=0.01))
+
+
+def test_nothing_prunable_says_why():
+    with pytest.raises(NothingPrunable, match="input; output"):
+        prune(nn.Linear(4, 2), torch.randn(1, 4), granularity="channel")
+    with pytest.raises(NothingPrunable, match="in scope"):
+        prune(nn.Linear(4, 2), torch.randn(1, 4), scope={"exclude": ["*"]})
+
+
+def test_scope_excludes_tensors_and_axes():
+    model, x = toy("mlp")
+    assert "1.weight" not in prune(model, x, scope={"exclude": ["1.*"]}).masks
+    assert "1.bias" in prune(model, x, scope={"biases": True}).masks
+    result = prune(model, x, granularity="channel", scope={"exclude": ["1"]})
+    assert set(result.structure_plan.axes) == {"3"} and result.structure.axis("1").reason == "outside the scope"
+
+
+def test_a_model_in_training_mode_and_another_dtype():
+    model, x = toy("resnet20")
+    model.train()
+    result = prune(model, x, granularity="channel", budget=sc.Budget(macs=0.5))
+    assert model.training and not result.model.training and result.proofs[0].ok
+    for dtype in (torch.float64, torch.bfloat16):
+        typed = copy.deepcopy(model).to(dtype)
+        result = prune(typed, x.to(dtype), method="taylor", granularity="channel", budget=sc.Budget(macs=0.5),
+                       data=[(a.to(dtype), b) for a, b in toy_batches("resnet20", 1)])  # fmt: skip
+        assert next(result.model.parameters()).dtype == dtype and result.after.macs <= result.before.macs / 2
+
+
+def test_the_same_call_gives_the_same_network():
+    model, x = toy("resnet20")
+    options = {
+        "method": "taylor", "granularity": "channel", "budget": sc.Budget(macs=0.5), "data": toy_batches("resnet20"),
+        "recovery": {"name": "fine-tune", "epochs": 1}, "seed": 5,
+    }  # fmt: skip
+    a, b = (sc.prune(model, x, **options) for _ in range(2))
+    assert a.structure_plan == b.structure_plan
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+def test_unknown_options_are_named():
+    model, x = toy("mlp")
+    with pytest.raises(sc.SecateurError, match="unknown option 'granularty'"):
+        sc.prune(model, x, budget=sc.Budget(macs=0.5), granularty="channel")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.core.slots import Scope
+from secateur.parts.granularity.channel import Channel
+from secateur.parts.granularity.weight import Weight
+from secateur.testing.toys import toy
+
+
+def test_sums_over_channels_equal_a_direct_computation():
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)
+    ).eval()
+    units = Channel().units(model, torch.randn(1, 2, 6, 6), Scope())
+    values = {name: p.detach().abs() for name, p in units.parameters().items()}
+    total = units.sum(values)["0"]
+    consumed = units.sum(values, consumed=True)["0"]
+    for j in range(3):
+        columns = values["5.weight"][:, 4 * j : 4 * j + 4].sum()
+        produced = values["0.weight"][j].sum() + values["0.bias"][j] + values["1.weight"][j] + values["1.bias"][j]
+        assert torch.isclose(consumed[j], columns) and torch.isclose(total[j], columns + produced)
+
+
+def test_heads_and_head_dims_sum_over_their_factor():
+    model, x = toy("vit")
+    units = Channel().units(model, x, Scope())
+    ones = {name: torch.ones_like(p) for name, p in units.parameters().items()}
+    total = units.sum(ones)
+    width, heads, head_dim = 24, 3, 8
+    per_head = 3 * head_dim * (width + 1) + width * head_dim  # rows of qkv with bias, columns of proj
+    assert total["blocks.0.attention.qkv[heads]"].tolist() == [per_head] * heads
+    per_dim = 3 * heads * (width + 1) + width * heads
+    assert total["blocks.0.attention.qkv[head_dim]"].tolist() == [per_dim] * head_dim
+
+
+def test_an_axis_that_no_parameter_consumes_is_taken_at_its_producers():
+    class QueryKey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.q(x) @ self.k(x).transpose(1, 2)
+
+    units = Channel().units(QueryKey().eval(), torch.randn(1, 5, 3), Scope())
+    ones = {name: torch.ones_like(p) for name, p in units.parameters().items()}
+    assert units.sum(ones, consumed=True)["q"].tolist() == [8.0] * 4
+
+
+def test_weight_units_are_kernels_by_default():
+    model, x = toy("vit")
+    assert set(Weight().units(model, x, Scope()).shapes) == {n for n, p in model.named_parameters() if p.dim() > 1}
+
+
+def test_keep_zeroes_weights_and_reset_keeps_the_mask():
+    model, x = toy("mlp")
+    units = Weight().units(model, x, Scope(include=("1.weight",)))
+    mask = torch.rand(32, 48) < 0.3
+    units.keep({"1.weight": mask})
+    assert not model[1].weight[~mask].any() and units.counts() == {"1.weight": int(mask.sum())}
+    units.reset({n: torch.ones_like(t) for n, t in model.state_dict().items()})
+    assert torch.equal(model[1].weight.detach(), mask.float()) and torch.equal(units.removed()["1.weight"], ~mask)
+
+
+def test_round_to_and_minimum_reach_the_selection():
+    model, x = toy("resnet20")
+    result = sc.prune(
+        model, x, granularity={"name": "channel", "round_to": 4, "minimum": 4}, budget=sc.Budget(macs=0.6)
+    )
+    sizes = [len(axis.kept) for axis in result.structure_plan.axes.values()]
+    assert sizes and all(n % 4 == 0 for n in sizes)

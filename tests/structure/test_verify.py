@@ -1,0 +1,203 @@
+"""A wrong analysis must not pass, and a wrong cut must not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur as sc
+from secateur.structure import rules
+from secateur.structure.dims import leaf
+from secateur.structure.inputs import Inputs, relative_error, state_of
+from secateur.structure.masked import run_masked
+from secateur.structure.prove import prove_cut, proved_structure
+from secateur.structure.tracer import OpCall
+from secateur.structure.verify import redraw
+from secateur.testing.toys import toy
+
+
+def _forget_to_unify(call: OpCall) -> None:
+    """A broken rule: the result has axes of its own."""
+    for tensor in call.results():
+        call.tracer.set(tensor, [leaf(size) for size in tensor.shape])
+
+
+def _swap_last_two(original):
+    def broken(call: OpCall) -> None:
+        original(call)
+        dims = call.tracer.dims(call.out)
+        if len(dims) > 1 and dims[-1].size == dims[-2].size:
+            call.tracer.set(call.out, [*dims[:-2], dims[-1], dims[-2]])
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("operation", "network"),
+    [
+        ("add", "resnet20"),
+        ("relu", "resnet20"),
+        ("native_batch_norm", "resnet20"),
+        ("mean", "resnet20"),
+        ("mul", "squeeze_excite"),
+        ("cat", "densenet"),
+        ("avg_pool2d", "densenet"),
+        ("hardswish", "mobilenet"),
+        ("view", "vit"),
+        ("native_layer_norm", "vit"),
+        ("permute", "vit"),
+        ("unbind", "vit"),
+        ("gelu", "mlp"),
+        ("native_group_norm", "grouped"),
+    ],
+)
+def test_a_rule_that_forgets_is_caught_by_permutation(monkeypatch, operation, network):
+    monkeypatch.setitem(rules.all_rules(), operation, _forget_to_unify)
+    model, x = toy(network)
+    verification = sc.trace(model, x).verify(model)
+    assert not verification.ok and verification.failed
+
+
+def test_a_rule_that_swaps_dims_is_caught(monkeypatch):
+    monkeypatch.setitem(rules.all_rules(), "mm", _swap_last_two(rules.all_rules()["mm"]))
+    monkeypatch.setitem(rules.all_rules(), "addmm", _swap_last_two(rules.all_rules()["addmm"]))
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    verification = sc.trace(model, torch.randn(8, 6)).verify(model)
+    assert not verification.ok
+
+
+def test_only_the_culprits_are_named(monkeypatch):
+    model, x = toy("vit")
+    monkeypatch.setitem(rules.all_rules(), "gelu", _forget_to_unify)
+    failed = sc.trace(model, x).verify(model).failed
+    assert set(failed) <= {a for a in failed if "mlp" in a} and len(failed) == 4  # both sides of two perceptrons
+
+
+def test_axes_that_fail_are_frozen_and_the_rest_is_cut(monkeypatch):
+    model, x = toy("vit")
+    monkeypatch.setitem(rules.all_rules(), "gelu", _forget_to_unify)
+    structure = proved_structure(model, x)
+    assert structure.prunable and all("mlp" not in axis.name for axis in structure.prunable)
+    assert "permuting it changed the output" in structure.axis("blocks.0.mlp.0").reason
+
+
+def test_a_cut_of_a_hidden_number_is_refused():
+    """The code uses the width in a way that no trace sees; the masked network does not, so the proof fails."""
+
+    class Sneaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            return self.c(self.b(hidden * len(hidden[0])))
+
+    model, x = Sneaky().eval(), torch.randn(2, 5)
+    naive = sc.trace(model, x)
+    assert {a.name for a in naive.prunable} == {"a", "b"}
+    assert not prove_cut(model, naive, {"a": torch.arange(8) < 4}).ok
+    assert prove_cut(model, naive, {"b": torch.arange(6) < 4}).ok
+    structure = proved_structure(model, x)
+    assert [axis.name for axis in structure.prunable] == ["b"]
+    assert "could not be proved" in structure.axis("a").reason
+
+
+def test_a_wrong_plan_is_caught_by_the_proof():
+    """Cutting other units than the mask says must not pass: the two sides are computed independently."""
+    model, x = toy("resnet20")
+    structure = sc.trace(model, x)
+    axis = structure.prunable[1]
+    kept, other = torch.arange(axis.size) < axis.size // 2, torch.arange(axis.size) >= axis.size // 2
+    state = redraw(model, structure, torch.float64)
+    inputs = structure.inputs.to(torch.float64)
+    with torch.no_grad():
+        a = run_masked(model, structure, {axis.name: kept}, state, inputs)
+        b = run_masked(model, structure, {axis.name: other}, state, inputs)
+    assert relative_error(a, b) > 1e-3
+
+
+def test_dead_code_paths_do_not_fool_the_proof_of_value_dependent_control_flow():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            hidden = hidden.relu() if hidden.sum() > 0 else hidden.sigmoid().exp()
+            return self.b(hidden)
+
+    model, x = Branching().eval(), torch.randn(4, 5)
+    structure = proved_structure(model, x)
+    for axis in structure.prunable:  # whatever is left free must be provable
+        assert prove_cut(model, structure, {axis.name: torch.arange(axis.size) < 4}).ok
+
+
+def test_restricted_layer_norm_has_the_closed_form():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x)))
+
+    model = Net().double().eval()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    structure = sc.trace(model, x)
+    kept = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    with torch.no_grad():
+        found = run_masked(model, structure, {"a": kept}, state_of(model), Inputs((x,), {}))
+        hidden = F.linear(x, model.a.weight[kept], model.a.bias[kept])
+        normed = F.layer_norm(hidden, (4,), model.norm.weight[kept], model.norm.bias[kept])
+        expected = F.linear(normed, model.b.weight[:, kept], model.b.bias)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "small"),
+    [
+        (lambda h: h.mean(1, keepdim=True), lambda h: h.mean(1, keepdim=True)),
+        (lambda h: h.amax(1, keepdim=True), lambda h: h.amax(1, keepdim=True)),
+        (lambda h: h.softmax(1), lambda h: h.softmax(1)),
+        (lambda h: h.var(1, keepdim=True), lambda h: h.var(1, keepdim=True)),
+        (lambda h: h.std(1, keepdim=True, unbiased=False), lambda h: h.std(1, keepdim=True, unbiased=False)),
+        (lambda h: torch.linalg.vector_norm(h, dim=1, keepdim=True), lambda h: h.pow(2).sum(1, keepdim=True).sqrt()),
+        (lambda h: h.logsumexp(1, keepdim=True), lambda h: h.exp().sum(1, keepdim=True).log()),
+        (lambda h: F.rms_norm(h, h.shape[1:]), lambda h: h / (h.pow(2).mean(1, keepdim=True) + 2.3e-16).sqrt()),
+    ],
+    ids=["mean", "amax", "softmax", "var", "std", "norm", "logsumexp", "rms_norm"],
+)
+def test_statistics_over_a_cut_axis_are_restricted_to_the_kept_units(reduce, small):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            return self.b(hidden * reduce(hidden))
+
+    model = Net().double().eval()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    structure = proved_structure(model, x)
+    assert [axis.name for axis in structure.prunable] == ["a"], [a.reason for a in structure.axes]
+    kept = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    with torch.no_grad():
+        found = run_masked(model, structure, {"a": kept}, state_of(model), Inputs((x,), {}))
+        hidden = F.linear(x, model.a.weight[kept], model.a.bias[kept])
+        expected = F.linear(hidden * small(hidden), model.b.weight[:, kept], model.b.bias)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_frozen_spreads_over_ties():
+    axes = proved_structure(*toy("mlp")).axes
+    structure = dataclasses.replace(proved_structure(*toy("mlp")), ties=(("1", "3"),))
+    frozen = structure.frozen({"1": "because"})
+    assert not frozen.prunable and "must stay as long as 1" in frozen.axis("3").reason and not frozen.ties
+    assert len(axes) == len(frozen.axes)
