@@ -46,6 +46,25 @@ def test_training_lowers_the_loss_and_keeps_a_history():
     assert model.training and next(model.parameters()).is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "safe"), [(4, 1, 2, False), (4, 1, 1, True), (4, 3, 2, True), (16, 1, 2, True)]
+)
+def test_narrow_strided_1x1_convolutions_are_not_trained_in_the_channels_last_layout(channels, kernel, stride, safe):
+    narrow, other = nn.Conv2d(channels, 3, kernel, stride), nn.Conv2d(3, 3, 2)
+    model = nn.Sequential(narrow, other, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layouts = []
+    narrow.register_forward_hook(lambda module, inputs, _: layouts.append(inputs[0].stride(1) == 1))
+
+    class Watch(Hooks):
+        def after_step(self, state):
+            layouts.append(other.weight.stride(1) == 1)
+
+    images = torch.randn(4, channels, 6, 6).to(memory_format=torch.channels_last)
+    data = TensorBatches(images, torch.tensor([0, 1, 2, 0]), batch_size=4)
+    Trainer(model, SETTINGS, hooks=[Watch()]).run(data, 0, 1)
+    assert layouts == [safe, safe]
+
+
 @pytest.mark.parametrize("stop_at", [5, 7, 16])
 @pytest.mark.parametrize("loader", [False, True])
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, stop_at, loader):

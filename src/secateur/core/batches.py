@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import DataNeeded
+
+WIDEST_VECTOR = 16
+"""float32 numbers in the widest vector register of a CPU."""
 
 Loss = Callable[[Any, Any], Tensor]
 """(model output, target) -> scalar loss, the mean over the batch."""
@@ -61,6 +64,31 @@ def default_loss(batch: Any) -> Loss:
     return own_loss if isinstance(batch, Mapping) else cross_entropy
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return the batch with all tensors on `device`."""
-    return torch.utils._pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, value)
+def to_model(batch: Any, model: nn.Module) -> Any:
+    """Return the batch with all tensors on the device of `model`, and images in a layout that is safe for it."""
+    device = next(model.parameters()).device
+    any_layout = channels_last_is_safe(model)
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(device)
+        return value if any_layout or value.dim() != 4 else value.clone(memory_format=torch.contiguous_format)
+
+    return torch.utils._pytree.tree_map(move, batch)
+
+
+def channels_last_is_safe(model: nn.Module) -> bool:
+    """Return whether the gradients of all convolutions of `model` can be computed in the channels-last layout.
+
+    On some CPUs, the kernel for the weights of a strided 1x1 convolution with fewer input channels than a vector
+    register holds writes past its workspace in that layout (oneDNN issue 6035) and corrupts the heap. Pruning makes
+    such layers, so networks that have them are trained in the ordinary layout.
+    """
+    return not any(
+        isinstance(m, nn.Conv2d)
+        and set(m.kernel_size) == {1}
+        and set(m.stride) != {1}
+        and m.in_channels < WIDEST_VECTOR
+        for m in model.modules()
+    )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_device
+from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.units import Scores, Units
 from secateur.errors import DataNeeded, NotApplicable
 
@@ -149,14 +149,13 @@ class Context:
             raise DataNeeded(
                 "This criterion needs data, and none was given. Pass data=, an iterable of (inputs, target)."
             )
-        device = next(self.model.parameters()).device
         empty = True
         for batch in self._data:
             empty = False
             n = batch_size(batch)
             self.batches_used += 1
             self.samples_used += n
-            yield to_device(batch, device), n
+            yield to_model(batch, self.model), n
         if empty:
             raise DataNeeded(
                 "The data are empty. If they are a generator, pass a list or a DataLoader: it is read twice."

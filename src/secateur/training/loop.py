@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from secateur.core.batches import Data, Loss, default_loss, split_batch, to_device
+from secateur.core.batches import Data, Loss, channels_last_is_safe, default_loss, split_batch, to_model
 from secateur.core.masks import Masks
 from secateur.errors import DataNeeded, TrainingDiverged
 from secateur.parts.recovery.fine_tune import FineTune
@@ -134,7 +134,7 @@ class Trainer:
 
     def _step(self, batch: Any, state: TrainingState) -> float:
         """One optimizer step; returns the loss."""
-        batch = to_device(batch, self._fabric.device)
+        batch = to_model(batch, self.model)
         args, kwargs, target = split_batch(batch)
         teacher_output = None
         if self._teacher is not None:
@@ -245,7 +245,8 @@ def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
         return
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if channels_last_is_safe(model):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
@@ -258,11 +259,10 @@ def accuracy(data: Data) -> Evaluate:
     """Return a metric: the fraction of samples of `data` whose largest logit is at the target."""
 
     def evaluate(model: nn.Module) -> float:
-        device = next(model.parameters()).device
         right = seen = 0
         with undisturbed(model), torch.inference_mode():
             for batch in data:
-                args, kwargs, target = split_batch(to_device(batch, device))
+                args, kwargs, target = split_batch(to_model(batch, model))
                 output = model(*args, **kwargs)
                 logits: Tensor = getattr(output, "logits", output)
                 right += int((logits.argmax(-1) == target).sum())
