@@ -42,7 +42,7 @@ def main() -> None:
             "trace_s": trace_s,
             "verify_s": verify_s,
             "prove_half_of_every_axis_s": prove_s,
-            "operations": len(structure.operations),
+            "consuming_operations": len(structure.path),
             "free_axes": len(structure.prunable),
         },
     )

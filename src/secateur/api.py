@@ -16,8 +16,9 @@ from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
 from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
+from secateur.core.slots import Precision
 from secateur.deploy import Artifact, safetensors
-from secateur.errors import InvalidRecipe, NothingPrunable
+from secateur.errors import InvalidInputs, InvalidRecipe, NothingPrunable
 from secateur.measure.profile import profile
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.weight import WeightUnits
@@ -44,7 +45,7 @@ def prune(  # the one call that ties everything together, so it has many options
     example_kwargs: Mapping[str, Any] | None = None,
     checkpoints: engine.Checkpoints | None = None,
     on_step: OnStep | None = None,
-    precision: str = "32-true",
+    precision: Precision = "32-true",
     seed: int = 0,
     **slots: Any,
 ) -> Pruned:
@@ -79,6 +80,7 @@ def prune(  # the one call that ties everything together, so it has many options
         >>> small[0].out_features
         16
     """
+    _check_types(model, budget)
     recipe = _recipe(method, slots)
     inputs = as_inputs(example_inputs, example_kwargs)
     before = profile(model, inputs)
@@ -145,6 +147,13 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         PlanMismatch: `build` makes another network than the one that was pruned.
     """
     return safetensors.read(path, build)
+
+
+def _check_types(model: Any, budget: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInputs(f"prune() needs a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(budget, Budget):
+        raise InvalidRecipe(f"prune() needs a Budget, for example Budget(macs=0.5); got {budget!r}.")
 
 
 def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:

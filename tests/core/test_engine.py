@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from torch import nn
 
 import secateur as sc
 from secateur.core.units import draw_fresh
-from secateur.errors import BudgetUnreachable, InvalidScores, MissingCheckpoint, NotApplicable, NothingPrunable
+from secateur.errors import (
+    BudgetUnreachable,
+    InvalidInputs,
+    InvalidRecipe,
+    InvalidScores,
+    MissingCheckpoint,
+    NotApplicable,
+    NothingPrunable,
+)
+from secateur.methods.random import Random
 from secateur.testing.toys import toy, toy_batches
 
 
@@ -111,6 +121,42 @@ def test_iterative_channel_cuts_compose_to_one_plan_for_the_original():
     assert all(torch.equal(t, result.model.state_dict()[n]) for n, t in state.items())
 
 
+def test_rounds_are_nested_for_every_budget():
+    model, x = toy("resnet20")
+    schedule = {"name": "iterative", "steps": 5}
+    rounds = []
+
+    class Watched(Random):
+        def score(self, context):
+            rounds.append({group: gone.clone() for group, gone in context.units.removed().items()})
+            return super().score(context)
+
+    recipe = sc.method("random").recipe.but(schedule=schedule, criterion=Watched())
+    sc.prune(model, x, method=recipe, budget=sc.Budget(macs=0.3))
+    assert len(rounds) == 5 and any(gone.any() for gone in rounds[-1].values())
+    for earlier, later in pairwise(rounds):
+        assert all(bool((later[group] | ~gone).all()) for group, gone in earlier.items())
+
+
+def test_unreachable_budgets_name_what_is_reachable_in_their_own_unit():
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)), torch.zeros(1, 8)
+    for budget, message in (
+        (sc.Budget(macs=0.1), r"Ask for Budget\(macs=0.2500\)"),
+        (sc.Budget(sparsity=0.9), r"Ask for Budget\(sparsity=0.7500\)"),
+        (sc.Budget(bytes=10), r"Ask for Budget\(bytes=68\)"),
+    ):
+        for schedule in ("one-shot", "iterative"):
+            with pytest.raises(BudgetUnreachable, match=message):
+                prune(model, x, granularity="channel", budget=budget, schedule=schedule)
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(InvalidRecipe, match=r"needs a Budget, for example Budget\(macs=0.5\); got 0.5"):
+        prune(nn.Linear(2, 2), torch.zeros(1, 2), budget=0.5)
+    with pytest.raises(InvalidInputs, match=r"needs a torch.nn.Module, got function"):
+        sc.prune(lambda x: x, torch.zeros(1, 2), budget=sc.Budget(macs=0.5))
+
+
 def test_nan_scores_are_refused():
     model, x = toy("mlp")
     with torch.no_grad():
@@ -137,7 +183,7 @@ def test_a_model_with_one_axis_and_budgets_at_the_extremes():
     for share, units in ((0.999, 7), (0.5, 4), (0.126, 1)):
         result = prune(model, x, granularity="channel", budget=sc.Budget(macs=share))
         assert result.model[0].out_features == units and result.after.macs == 8 * units
-    with pytest.raises(BudgetUnreachable, match=r"at least 0\.1250"):
+    with pytest.raises(BudgetUnreachable, match=r"Ask for Budget\(macs=0\.1250\)"):
         prune(model, x, granularity="channel", budget=sc.Budget(macs=0.01))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.core.select import select, top_k
+from secateur.core.select import fewest, select, top_k
 from secateur.core.units import Limits, LinearCost
 from secateur.errors import BudgetUnreachable
 
@@ -62,8 +62,21 @@ def test_minimum_is_respected_even_for_the_worst_group():
 
 
 def test_unreachable_budgets_name_what_is_reachable():
-    with pytest.raises(BudgetUnreachable, match=r"costs 2 \(0\.3333 of the 6 now\).*at least 0\.3333"):
+    with pytest.raises(BudgetUnreachable, match=r"allows 1, and the smallest network that can be reached costs 2"):
         select(scores(a=[1, 2, 3], b=[1, 2, 3]), LinearCost({"a": 1, "b": 1}), 1, Limits(minimum=1))
+
+
+def test_units_that_are_gone_do_not_come_back_into_what_is_left_of_the_budget():
+    gone = float("-inf")
+    kept = select(scores(a=[gone, gone, 1, 2], b=[5, 6, 7, 8]), LinearCost({"a": 1, "b": 10}), 38)
+    assert lists(kept) == {"a": [0, 0, 1, 1], "b": [0, 1, 1, 1]}
+
+
+def test_the_smallest_network_has_the_minimum_of_each_group_rounded_up_or_the_whole_group():
+    sizes = {"a": 20, "b": 5, "c": 8}
+    assert fewest(sizes, Limits()) == {"a": 0, "b": 0, "c": 0}
+    assert fewest(sizes, Limits(minimum=3)) == {"a": 3, "b": 3, "c": 3}
+    assert fewest(sizes, Limits(minimum=9, multiple=8)) == {"a": 16, "b": 5, "c": 8}
 
 
 def test_tolerance_accepts_a_small_overshoot():

@@ -21,6 +21,11 @@ def test_global_divides_by_the_scale_of_the_group():
     assert Global(normalize="mean").rank(scores)["zero"].tolist() == [0, 0]
 
 
+def test_infinite_scores_stay_infinite_and_do_not_spoil_the_scale():
+    ranked = Global(normalize="mean").rank({"a": torch.tensor([float("inf"), 3.0, 1.0])})
+    assert ranked["a"].tolist() == [float("inf"), 1.5, 0.5]
+
+
 def test_uniform_gives_relative_ranks_and_breaks_ties_by_index():
     ranked = Uniform().rank({"a": torch.tensor([5.0, 1.0, 5.0, 9.0]), "b": torch.tensor([[2.0, 1.0]])})
     assert ranked["a"].tolist() == [0.625, 0.125, 0.375, 0.875]

@@ -21,7 +21,7 @@ from secateur.tasks.task import random_shift
 def test_digits_are_split_once_and_for_all():
     splits = DIGITS.splits
     sizes = [len(s.targets) for s in (splits.train, splits.validation, splits.test)]
-    assert sizes == [900, 297, 600] and splits.train.inputs.shape == (900, 1, 32, 32)
+    assert sizes == [900, 297, 600] and splits.train.inputs.shape == (900, 1, 24, 24)
     assert splits.digest() == DIGITS.digest
     images = torch.cat([s.inputs for s in (splits.train, splits.validation, splits.test)]).flatten(1)
     assert len(images.unique(dim=0)) == 1797  # no image in two splits

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from secateur.core.masks import Masks
-from secateur.errors import DataNeeded, InvalidFile, PlanMismatch, TrainingDiverged
+from secateur.errors import DataNeeded, InvalidFile, InvalidRecipe, PlanMismatch, TrainingDiverged
 from secateur.parts.recovery.distill import Distill
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.training.data import TensorBatches
@@ -107,9 +107,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     file = tmp_path / "a.ckpt"
     Trainer(network(), SETTINGS).run(batches(), 0, 3, checkpoint=file)
-    other = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
-    with pytest.raises(PlanMismatch, match="another model"):
+    other = nn.Sequential(*network(seed=1)[:5], nn.Linear(64, 4))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(PlanMismatch, match=r"another model: '5.weight' has shape \(3, 64\) there and \(4, 64\) here"):
         Trainer(other, SETTINGS).run(batches(), 0, 3, checkpoint=file)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+    with pytest.raises(PlanMismatch, match="another run"):
+        Trainer(network(), FineTune(epochs=3, lr=0.1)).run(batches(), 0, 3, checkpoint=file)
+    with pytest.raises(PlanMismatch, match="another run"):
+        Trainer(network(), SETTINGS).run(batches(), 0, 2, checkpoint=file)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(InvalidFile, match="damaged"):
         Trainer(network(), SETTINGS).run(batches(), 0, 3, checkpoint=file)
@@ -200,6 +206,34 @@ def test_distillation_follows_the_teacher_and_leaves_it_alone():
     assert distance() < far / 2
 
 
+def test_a_teacher_keeps_its_memory():
+    student, teacher = network(0), network(1)
+    teacher[0].weight.data = torch.randn(3, 3, 1, 4).permute(3, 2, 0, 1)  # a layout of its own
+    before = [(p.data_ptr(), p.stride()) for p in teacher.parameters()]
+    Trainer(student, Distill(epochs=1, lr=0.1, alpha=1.0), teacher=teacher).run(batches(), 0, 2)
+    assert [(p.data_ptr(), p.stride()) for p in teacher.parameters()] == before
+
+
+def test_networks_over_volumes_train():
+    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8, 3))
+    data = TensorBatches(torch.randn(8, 1, 4, 4, 4), torch.arange(8) % 3, batch_size=4)
+    history = Trainer(model, FineTune(epochs=20, lr=0.1)).run(data, 0, 40)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_layouts_are_restored():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3))
+    model[1].to(memory_format=torch.channels_last)
+    strides = [p.stride() for p in model.parameters()]
+    Trainer(model, SETTINGS).run(TensorBatches(torch.randn(8, 4, 6, 6), torch.arange(8) % 3, batch_size=4), 0, 2)
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InvalidRecipe, match="Unknown precision '8-true'; known: 32-true, bf16-mixed"):
+        Trainer(network(), SETTINGS, precision="8-true")
+
+
 def test_bfloat16_trains():
     model = network()
     history = Trainer(model, SETTINGS, precision="bf16-mixed").run(batches(), 0, 14)
@@ -221,6 +255,17 @@ def test_batches_depend_on_seed_and_epoch_and_shares_make_up_the_whole():
     halves = [[y.tolist() for _, y in data.share(rank, 2)] for rank in (0, 1)]
     for whole, left, right in zip(first, *halves, strict=True):
         assert sorted(left + right) == sorted(whole[: len(whole) // 2 * 2]) and len(left) == len(right)
+
+
+def test_validation_data_need_targets():
+    with pytest.raises(DataNeeded, match="needs targets"):
+        accuracy([batches().inputs])(network())
+    with pytest.raises(DataNeeded, match="empty"):
+        accuracy([])(network())
+    mapped = nn.Module()
+    mapped.p = nn.Parameter(torch.zeros(1))
+    mapped.forward = lambda x, labels: torch.eye(3)
+    assert accuracy([{"x": torch.zeros(3), "labels": torch.tensor([0, 1, 0])}])(mapped) == pytest.approx(2 / 3)
 
 
 def test_accuracy_counts_right_answers_in_eval_mode():

@@ -96,10 +96,10 @@ SETTINGS = {
             "granularity": {"name": "channel", "round_to": 8},
             "allocation": {"name": "global", "normalize": "mean"},
             "schedule": "one-shot",
-            "recovery": {"name": "fine-tune", "epochs": 1.5, "lr": 0.02},
+            "recovery": {"name": "fine-tune", "epochs": 2, "lr": 0.02},
         },
         other_budgets=(0.6, 0.15),
-        scratch=FineTune(epochs=40, lr=0.05, weight_decay=5e-4, warmup=0.05),
+        scratch=FineTune(epochs=20, lr=0.05, weight_decay=5e-4, warmup=0.05),
     ),
     "fashion-mnist": Settings(
         slots={

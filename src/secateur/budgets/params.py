@@ -13,7 +13,7 @@ from secateur.parts.granularity.weight import WeightUnits
 
 def units_cost(units: Units) -> Cost:
     """Return the number of kept units."""
-    return LinearCost(dict.fromkeys(units.shapes, 1.0), fixed=units.settled)
+    return LinearCost(dict.fromkeys(units.shapes, 1.0))
 
 
 @singledispatch

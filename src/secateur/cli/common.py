@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -17,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from secateur.errors import InvalidRecipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from secateur.training.hooks import TrainingState
 
 console = Console()
@@ -82,15 +85,53 @@ def call_object(reference: str) -> Any:
     """Return what the function ``module:function`` returns.
 
     Raises:
-        InvalidRecipe: It cannot be called without arguments.
+        InvalidRecipe: It fails, or returns nothing.
+    """
+    function = import_function(reference)
+    try:
+        result = function()
+    except Exception as error:
+        raise InvalidRecipe(
+            f"{reference!r} failed when called without arguments: {type(error).__name__}: {error}"
+        ) from error
+    if result is None:
+        raise InvalidRecipe(f"{reference!r} returned None. Does it lack a return statement?")
+    return result
+
+
+def call_for_model(reference: str) -> nn.Module:
+    """Return the network that the function ``module:function`` makes.
+
+    Raises:
+        InvalidRecipe: It fails, or returns something else.
+    """
+    model = call_object(reference)
+    if not hasattr(model, "named_parameters"):
+        raise InvalidRecipe(f"{reference!r} must return a torch.nn.Module; it returned {type(model).__name__}.")
+    return cast("nn.Module", model)
+
+
+def import_function(reference: str) -> Callable[..., Any]:
+    """Return the function that ``module:name`` names.
+
+    Raises:
+        InvalidRecipe: It does not exist, or is not a function.
     """
     function = import_object(reference)
     if not callable(function):
         raise InvalidRecipe(f"{reference!r} is not a function.")
-    try:
-        return function()
-    except TypeError as error:
-        raise InvalidRecipe(f"{reference!r} must be callable without arguments: {error}.") from error
+    return cast("Callable[..., Any]", function)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a place where no folder for results can be made, before any work is done.
+
+    Raises:
+        InvalidRecipe: It is a file, or lies in a place that cannot be written to.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InvalidRecipe(f"Cannot make the folder {path}: {existing} is a file, or cannot be written to.")
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.common import JsonOption, call_object, console, import_object, parse_shape, print_json
+from secateur.cli.common import JsonOption, call_for_model, call_object, console, parse_shape, print_json
 
 
 class Format(StrEnum):
@@ -37,7 +37,7 @@ def command(
     if (shape is None) == (example is None):
         raise InvalidRecipe("Give the input of the network: either --shape, or --example module:function.")
     inputs = torch.zeros(parse_shape(shape)) if shape is not None else call_object(str(example))
-    model = load(file, import_object(build))
+    model = load(file, lambda: call_for_model(build))
     exporter = onnx if format is Format.onnx else torch_export
     artifact = exporter.export(model, inputs, out or file.with_suffix(f".{format}"))
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from secateur.cli.common import JsonOption, call_object, console, parse_shape, print_json
+from secateur.cli.common import JsonOption, call_for_model, call_object, console, parse_shape, print_json
 
 if TYPE_CHECKING:
     from secateur.structure.structure import Axis, Structure
@@ -49,11 +49,15 @@ def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tup
 
     if ":" not in model and "/" in model:
         task_name, _, network = model.partition("/")
+        if shape is not None or example is not None:
+            raise InvalidRecipe(f"{model!r} has inputs of its own: leave --shape and --example out.")
         task = find_task(task_name)
         return task.build(network), torch.zeros(1, 1, task.size, task.size)
+    if ":" not in model:
+        raise InvalidRecipe(f"{model!r} is neither module:function nor TASK/NETWORK, such as digits/resnet8.")
     if (shape is None) == (example is None):
         raise InvalidRecipe("Give the input of the network: either --shape, or --example module:function.")
-    return call_object(model), torch.zeros(parse_shape(shape)) if shape is not None else call_object(str(example))
+    return call_for_model(model), torch.zeros(parse_shape(shape)) if shape is not None else call_object(str(example))
 
 
 def _share(structure: Structure, axis: Axis) -> float:

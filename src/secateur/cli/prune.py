@@ -12,14 +12,18 @@ from pydantic import Field
 
 from secateur.cli.common import (
     JsonOption,
+    call_for_model,
     call_object,
+    check_folder,
     console,
-    import_object,
+    import_function,
     parse_shape,
     print_json,
     training_progress,
 )
 from secateur.core.budget import Budget
+from secateur.core.recipe import Recipe
+from secateur.core.slots import Precision
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe
 
@@ -50,7 +54,7 @@ class RunFile(Value):
     method: str = "magnitude"
     budget: Budget
     seed: int = 0
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     recipe: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -67,6 +71,7 @@ def command(
 
     changes = {"model": model, "data": data, "seed": seed}
     run = read_run_file(recipe, {k: v for k, v in changes.items() if v is not None})
+    check_folder(out)
     subject = _subject(run)
     with training_progress(f"{run.method} on {run.network or run.model or run.task}") as on_step:
         pruned = prune(
@@ -76,7 +81,7 @@ def command(
             method=run.method,
             data=subject["train"],
             validation=subject["validation"],
-            loss=import_object(run.loss) if run.loss else subject["loss"],
+            loss=import_function(run.loss) if run.loss else subject["loss"],
             precision=run.precision,
             seed=run.seed,
             on_step=on_step,
@@ -117,7 +122,13 @@ def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
         raise InvalidRecipe(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise InvalidRecipe(f"{path} must hold keys and values (task or model, budget, method ...).")
-    return RunFile(**{**content, **(changes or {})})
+    run = RunFile(**{**content, **(changes or {})})
+    unknown = run.recipe.keys() - Recipe.model_fields.keys()
+    if unknown:
+        raise InvalidRecipe(
+            f"{path}: recipe has no slot {sorted(unknown)[0]!r}; it has {', '.join(Recipe.model_fields)}."
+        )
+    return run
 
 
 def _subject(run: RunFile) -> dict[str, Any]:
@@ -129,7 +140,14 @@ def _subject(run: RunFile) -> dict[str, Any]:
 
     if (run.task is None) == (run.model is None):
         raise InvalidRecipe("A recipe file names either a task, or a model (module:function) with data and example.")
+    if run.task is None and run.network is not None:
+        raise InvalidRecipe("A recipe file names a network only beside a task; model makes your own.")
     if run.task is not None:
+        own = [name for name in ("data", "example", "loss") if getattr(run, name) is not None]
+        if own:
+            raise InvalidRecipe(
+                f"A task brings its own {own[0]}; remove that line, or name a model instead of the task."
+            )
         task = find_task(run.task)
         return {
             "model": load_reference(task, run.network),
@@ -144,10 +162,10 @@ def _subject(run: RunFile) -> dict[str, Any]:
     data = call_object(run.data) if run.data is not None else None
     train, validation = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     is_function = isinstance(run.example, str) and ":" in run.example
-    shape = run.example if isinstance(run.example, tuple) else parse_shape(run.example) if not is_function else ()
+    written = ",".join(map(str, run.example)) if isinstance(run.example, tuple) else str(run.example)
     return {
-        "model": call_object(str(run.model)),
-        "example": call_object(str(run.example)) if is_function else torch.zeros(shape),
+        "model": call_for_model(str(run.model)),
+        "example": call_object(written) if is_function else torch.zeros(parse_shape(written)),
         "train": train,
         "validation": validation,
         "test": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -34,7 +35,7 @@ class Budget(Value):
     sparsity: float | None = Field(None, gt=0, lt=1)
     bytes: int | None = Field(None, gt=0)
     latency_ms: float | None = Field(None, gt=0)
-    tolerance: float = Field(0.02, ge=0, lt=1)
+    tolerance: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -63,6 +64,14 @@ class Budget(Value):
         if self.kind in ("params", "macs"):
             return self.value * dense
         return self.value
+
+    def nearest(self, cost: float, dense: float) -> str:
+        """Return the tightest budget of this kind that a network of this cost meets, as a user would write it."""
+        if self.kind == "sparsity":
+            return f"sparsity={math.floor(1e4 * (1 - cost / dense)) / 1e4:.4f}"
+        if self.kind in ("params", "macs"):
+            return f"{self.kind}={math.ceil(1e4 * cost / dense) / 1e4:.4f}"
+        return f"{self.kind}={math.ceil(100 * cost) / 100:g}"
 
     def __str__(self) -> str:
         if self.kind == "sparsity":

@@ -13,9 +13,9 @@ from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
 from secateur.core.context import Context
 from secateur.core.recipe import Recipe
-from secateur.core.select import select
+from secateur.core.select import fewest, select
 from secateur.core.slots import Level
-from secateur.core.units import Cost, Units
+from secateur.core.units import Cost, Scores, Units
 from secateur.errors import BudgetUnreachable, MissingCheckpoint, NothingPrunable
 
 Checkpoints = Mapping[str | int, Mapping[str, Tensor]]
@@ -73,26 +73,24 @@ def run(
     """
     if not units.shapes:
         raise NothingPrunable("No unit of this model may be removed. `secateur inspect` shows what is frozen and why.")
-    dense = cost_of(units)(units.counts())
-    target = budget.target(dense)
-    if target >= dense:
-        raise BudgetUnreachable(
-            f"The network already meets the budget: it costs {dense:,.6g} of {target:,.6g} allowed."
-        )
+    dense, target = _target(units, budget, cost_of(units))
+    for key in {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}:
+        _checkpoint(checkpoints, key)
     levels = recipe.schedule.levels(target / dense)
     if levels[0].at > 0:
         recover(units, Level(0.0, 1.0), levels[0].at)
     rounds = []
     for i, level in enumerate(levels):
-        context = Context(units, data, loss, seed + i)
+        context = Context(units, data, loss, 1000 * seed + i)
         with _weights_of(recipe.mask_from, units, checkpoints):
             scores = recipe.criterion.score(context)
         units.check(scores)
         priorities = recipe.allocation.rank(scores)
+        units.check(priorities)
         for group, gone in units.removed().items():
             priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
         allowed = target if i == len(levels) - 1 else level.keep * dense
-        units.keep(select(priorities, cost_of(units), allowed, units.limits, budget.tolerance))
+        _cut(units, priorities, cost_of, allowed, budget.tolerance)
         if recipe.weights_from == "fresh":
             units.redraw()
         elif recipe.weights_from != "same":
@@ -101,6 +99,31 @@ def run(
         rounds.append(Round(level.keep, cost_of(units)(counts), counts, context.samples_used))
         recover(units, level, levels[i + 1].at if i + 1 < len(levels) else 1.0)
     return rounds
+
+
+def _target(units: Units, budget: Budget, cost: Cost) -> tuple[float, float]:
+    """Return the cost of the unpruned network and the allowed cost, after checking that it can be met."""
+    dense, smallest = cost(units.counts()), cost(fewest(units.counts(), units.limits))
+    target = budget.target(dense)
+    if target >= dense:
+        raise BudgetUnreachable(
+            f"The network already meets the budget: it costs {dense:,.6g} of {target:,.6g} allowed."
+        )
+    if smallest > target * (1 + budget.tolerance):
+        raise BudgetUnreachable(
+            f"The budget of {budget} cannot be met: the smallest network that can be reached costs {smallest:,.6g} of "
+            f"the {dense:,.6g} now. Ask for Budget({budget.nearest(smallest, dense)}), widen the scope, or lower the "
+            "granularity's minimum or round_to."
+        )
+    return dense, target
+
+
+def _cut(units: Units, priorities: Scores, cost_of: Callable[[Units], Cost], allowed: float, tolerance: float) -> None:
+    """Remove the worst units; when some groups turn out not to be removable, choose again among the others."""
+    while not units.keep(select(priorities, cost_of(units), allowed, units.limits, tolerance)):
+        priorities = {group: values for group, values in priorities.items() if group in units.shapes}
+        if not priorities:
+            raise NothingPrunable("No cut of this model could be proved equal to the masked network; none was made.")
 
 
 @contextmanager

@@ -61,28 +61,32 @@ def select(priorities: Scores, cost: Cost, target: float, limits: Limits | None 
     counts = counts_after(steps)
     reached = cost(counts)
     if reached > target * (1 + tolerance):
-        dense = cost(sizes)
         raise BudgetUnreachable(
-            f"The budget cannot be met: it allows {target:,.6g}, but the smallest network that can be reached costs "
-            f"{reached:,.6g} ({reached / dense:.4f} of the {dense:,.6g} now). Ask for at least {reached / dense:.4f}, "
-            "widen the scope, or lower the minimum number of units."
+            f"The budget cannot be met: it allows {target:,.6g}, and the smallest network that can be reached costs "
+            f"{reached:,.6g}. Widen the scope, or lower the minimum number of units."
         )
     counts = _give_back(cost, target, exits, steps, counts)
     return {group: _best(values, counts[group]) for group, values in priorities.items()}
+
+
+def fewest(sizes: Mapping[str, int], limits: Limits) -> dict[str, int]:
+    """Return how many units of each group stay in the smallest network that the limits allow."""
+    return {group: _floor(n, limits) for group, n in sizes.items()}
 
 
 def _give_back(cost: Cost, target: float, exits: _Exits, steps: int, counts: dict[str, int]) -> dict[str, int]:
     """Return counts to which no further unit can be added: events are undone, latest first, where the budget allows."""
     by_class, order = exits.class_index[:steps].sort(stable=True)
     sizes = torch.bincount(by_class, minlength=len(exits.classes)).tolist()
-    events = [piece.tolist() for piece in order.split(sizes)]
+    gone = int((exits.priority[:steps] == -torch.inf).sum())  # those left in an earlier round: they were first
+    events = [piece[piece >= gone].tolist() for piece in order.split(sizes)]
     latest = [(-own[-1], i) for i, own in enumerate(events) if own]
     heapq.heapify(latest)
     while latest:
         event, i = heapq.heappop(latest)
         more = {group: counts[group] + int(exits.amount[-event]) for group in exits.classes[i]}
         if cost({**counts, **more}) > target:
-            continue  # nor will the units of this class that left before it, which are worth more but cost as much
+            continue  # nor will the units of this class that left before it, which are worth less and cost as much
         counts = {**counts, **more}
         events[i].pop()
         if events[i]:
@@ -97,6 +101,7 @@ class _Exits:
     classes: list[tuple[str, ...]]
     class_index: Tensor
     amount: Tensor
+    priority: Tensor
 
 
 class _Counts:
@@ -146,7 +151,7 @@ def _exits(priorities: Scores, limits: Limits) -> _Exits:
     # Stable on the reversed list: among equal priorities the last unit leaves first.
     order_of_exit = (key.numel() - 1) - key.flip(0).sort(stable=True).indices
     # Within one class events must keep their own order; reversing equal ones is harmless only for equal amounts.
-    return _Exits(classes, index[order_of_exit], _amounts_in_order(index[order_of_exit], amounts))
+    return _Exits(classes, index[order_of_exit], _amounts_in_order(index[order_of_exit], amounts), key[order_of_exit])
 
 
 def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
@@ -160,10 +165,7 @@ def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
 def _chunks(worst_first: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     """Return priority and size of each chunk that may leave: the mean of its units; the first one makes counts even."""
     n, multiple = worst_first.numel(), limits.multiple
-    floor = min(n, max(limits.minimum, multiple if multiple > 1 else 0))
-    if multiple > 1:
-        floor = min(n, -(-floor // multiple) * multiple)
-    removable = n - floor
+    removable = n - _floor(n, limits)
     first = removable % multiple
     sizes = ([first] if first else []) + [multiple] * (removable // multiple)
     if multiple == 1:
@@ -172,6 +174,12 @@ def _chunks(worst_first: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         return worst_first[:0], torch.zeros(0, dtype=torch.long)
     means = torch.stack([chunk.mean() for chunk in worst_first[:removable].split(sizes)])
     return means, torch.tensor(sizes)
+
+
+def _floor(n: int, limits: Limits) -> int:
+    multiple = limits.multiple
+    least = limits.minimum if multiple == 1 else max(limits.minimum, multiple)
+    return min(n, -(-least // multiple) * multiple)
 
 
 def _best(values: Tensor, count: int) -> Tensor:

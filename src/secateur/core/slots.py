@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -107,6 +107,10 @@ class Allocation(Slot):
     @abstractmethod
     def rank(self, scores: Scores) -> Scores:
         """Return priorities: comparable between groups, in the order of the scores within each; higher = keep."""
+
+
+Precision = Literal["32-true", "bf16-mixed"]
+"""Of a training: float32 throughout, or bfloat16 where PyTorch's autocast finds it safe."""
 
 
 class Level(NamedTuple):

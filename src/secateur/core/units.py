@@ -83,18 +83,18 @@ class Units(ABC):
             consumed: Count only entries that a unit's consumers multiply it with (the input side of the next layer).
         """
 
-    @property
-    def settled(self) -> int:
-        """Number of kept units that are not listed any more, because their group can shrink no further."""
-        return 0
-
     def removed(self) -> Kept:
         """Return which units are gone already (True = gone) but still listed; empty if none is."""
         return {}
 
     @abstractmethod
-    def keep(self, kept: Kept) -> None:
-        """Remove all other units; mutates or replaces `model`."""
+    def keep(self, kept: Kept) -> bool:
+        """Remove all other units; mutates or replaces `model`.
+
+        Returns:
+            Whether that was possible. If not, nothing has changed, and the groups that are to blame are not listed any
+            more.
+        """
 
     @abstractmethod
     def reset(self, state: Mapping[str, Tensor]) -> None:

@@ -74,8 +74,10 @@ def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[st
     inputs = as_inputs(example_inputs, example_kwargs)
     names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
     mode = _CountingMode(names)
-    with undisturbed(model), mode:
-        call_with_state(model, state_of(model), inputs)
+    with undisturbed(model):
+        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
+        with mode:
+            call_with_state(model, state, inputs)
     return mode.count
 
 

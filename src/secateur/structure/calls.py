@@ -41,7 +41,9 @@ _COMPUTED = frozenset(
     "flatten ravel linear matmul __matmul__ __rmatmul__ bmm einsum tensordot bilinear scaled_dot_product_attention "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d avg_pool1d adaptive_avg_pool1d "
     "batch_norm instance_norm layer_norm group_norm normalize dropout softmax expand_as view_as broadcast_to "
-    "broadcast_tensors contiguous clone to float double squeeze unsqueeze".split()
+    "broadcast_tensors contiguous clone to float double squeeze unsqueeze prelu outer ger reshape_as pixel_shuffle "
+    "pixel_unshuffle channel_shuffle multi_head_attention_forward repeat_interleave interpolate lstm gru rnn_tanh "
+    "rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell cdist cosine_similarity instance_norm".split()
 )
 
 
@@ -84,14 +86,19 @@ def expand_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
     return list(out.shape)
 
 
+def expanded_like(call: FunctionCall | None) -> Tensor | None:
+    """Return the tensor whose shape an expansion takes over (``expand_as``)."""
+    other = call.argument(1, "other") if call is not None and call.name in ("expand_as", "view_as") else None
+    return other if isinstance(other, Tensor) else None
+
+
 def factory_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
     """Return where the sizes of a newly made tensor came from."""
     if call is None:
         return list(out.shape)
     first = 1 if call.name.startswith("new_") else 0
-    values = call.kwargs.get("size", call.args[first:])
-    if call.name in ("full", "new_full"):
-        values = call.kwargs.get("size", call.args[first])
+    last = first + 1 if call.name in ("full", "new_full") else None
+    values = call.kwargs.get("size", call.args[first:last])
     sizes = flat_sizes(
         [v for v in values if isinstance(v, int | tuple | list)] if isinstance(values, tuple) else values
     )
@@ -130,7 +137,7 @@ def slice_bounds(call: FunctionCall | None, start: int, stop: int, size: int) ->
                     return (
                         0 if begin is None else expression_of(begin),
                         None
-                        if end is None or (stop == size and not isinstance(end, TracedInt))
+                        if end is None or int(end) > size or (stop == size and not isinstance(end, TracedInt))
                         else expression_of(end),
                     )
     return start, stop

@@ -80,27 +80,35 @@ def concat(dims: Iterable[Dim]) -> Dim:
 
 def factors(dim: Dim) -> list[Dim]:
     """Return the flat list of factors of a dim, without those of size 1."""
-    dim = dim.find()
-    if dim.op == "*":
-        return [f for part in dim.parts for f in factors(part)]
-    return [] if dim.size == 1 else [dim]
+    return [part for part in flat(dim, "*") if part.size != 1]
 
 
 def segments(dim: Dim) -> list[Dim]:
     """Return the flat list of segments of a dim, without empty ones."""
-    dim = dim.find()
-    if dim.op == "+":
-        return [s for part in dim.parts for s in segments(part)]
-    return [] if dim.size == 0 else [dim]
+    return [part for part in flat(dim, "+") if part.size != 0]
+
+
+def flat(dim: Dim, op: str) -> list[Dim]:
+    """Return the parts of nested terms of the same kind in order, or the dim alone if it is of another kind."""
+    found, waiting = [], [dim.find()]
+    while waiting:
+        node = waiting.pop()
+        if node.op == op:
+            waiting.extend(part.find() for part in reversed(node.parts))
+        else:
+            found.append(node)
+    return found
 
 
 def leaves(dim: Dim) -> Iterator[Dim]:
     """Yield the representative leaves of a dim in order; a leaf that occurs twice comes twice."""
-    dim = dim.find()
-    if not dim.op:
-        yield dim
-    for part in dim.parts:
-        yield from leaves(part)
+    waiting = [dim.find()]
+    while waiting:
+        node = waiting.pop()
+        if node.op:
+            waiting.extend(part.find() for part in reversed(node.parts))
+        else:
+            yield node
 
 
 def freeze(dim: Dim, reason: str) -> None:
@@ -216,13 +224,23 @@ def split(dim: Dim, sizes: Sequence[int], reason: str) -> list[Dim]:
 # ---------------------------------------------------------------------------------- evaluation over kept units
 
 
+def shrunk(dim: Dim, sizes: Mapping[Dim, int], done: dict[Dim, Dim]) -> Dim:
+    """Return the same expression over new leaves of the given sizes; `done` remembers what each leaf became."""
+    dim = dim.find()
+    if dim not in done:
+        parts = tuple(shrunk(part, sizes, done) for part in flat(dim, dim.op)) if dim.op else ()
+        done[dim] = Dim(size_under(dim, sizes), dim.op, parts)
+        done[dim].reasons = list(dim.reasons)
+    return done[dim]
+
+
 def size_under(dim: Dim, sizes: Mapping[Dim, int]) -> int:
     """Return the size of `dim` when the leaves have the given sizes (default: their own)."""
     dim = dim.find()
     if dim.op == "*":
-        return prod(size_under(p, sizes) for p in dim.parts)
+        return prod(size_under(p, sizes) for p in flat(dim, "*"))
     if dim.op == "+":
-        return sum(size_under(p, sizes) for p in dim.parts)
+        return sum(size_under(p, sizes) for p in flat(dim, "+"))
     return sizes.get(dim, dim.size)
 
 
@@ -236,7 +254,7 @@ def order_under(dim: Dim, orders: Mapping[Dim, Tensor]) -> Tensor:
     dim = dim.find()
     if not dim.op:
         return orders.get(dim, torch.arange(dim.size))
-    inner = [order_under(part, orders) for part in dim.parts]
+    inner = [order_under(part, orders) for part in flat(dim, dim.op)]
     result = inner[0]
     for index in inner[1:]:
         if dim.op == "*":
@@ -261,7 +279,7 @@ def _over_indices(dim: Dim, of_leaf: Callable[[Dim], Tensor], combine: Callable[
     dim = dim.find()
     if not dim.op:
         return of_leaf(dim)
-    inner = [_over_indices(part, of_leaf, combine) for part in dim.parts]
+    inner = [_over_indices(part, of_leaf, combine) for part in flat(dim, dim.op)]
     if dim.op == "+":
         return torch.cat(inner)
     result = inner[0]

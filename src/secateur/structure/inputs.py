@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.errors import InvalidInputs
@@ -59,16 +58,23 @@ def as_inputs(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = No
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; modes and random states are restored."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Run the block in eval mode without gradients; modes, attributes of modules and random states are restored.
+
+    PyTorch's fused attention layers are off meanwhile: they are one opaque operation, and only eval mode takes them.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
         try:
-            for module, _ in modes:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, _ in attributes:
                 module.training = False
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -77,7 +83,32 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer (persistent or not) by its first name, shared tensors once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state: dict[str, Tensor] = dict(model.named_parameters())
+    known = {id(parameter) for parameter in state.values()}
+    return state | {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in known}
+
+
+@contextmanager
+def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors into every place that holds a parameter or buffer; the originals come back at the end.
+
+    ``torch.func.functional_call`` does not restore a module that is registered under two names.
+    """
+    names = {id(tensor): name for name, tensor in state_of(model).items()}
+    originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
+        for module in model.modules():
+            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for own in places:
+                originals.append((own, dict(own)))
+                for key, tensor in own.items():
+                    if tensor is not None and names[id(tensor)] in state:
+                        own[key] = state[names[id(tensor)]]
+        yield
+    finally:
+        for own, before in originals:
+            own.clear()
+            own.update(before)
 
 
 def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> Any:
@@ -87,7 +118,8 @@ def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Input
         InvalidInputs: The model does not run on these inputs.
     """
     try:
-        return functional_call(model, dict(state), inputs.args, dict(inputs.kwargs))
+        with _holding(model, state):
+            return model(*inputs.args, **inputs.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs.tensors())
         raise InvalidInputs(
@@ -97,21 +129,51 @@ def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Input
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of an output: a tensor, or any nesting of tuples, lists, dicts and registered containers."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    """Return the tensors of an output: any nesting of tuples, lists, dicts, dataclasses and registered containers.
+
+    Objects of other classes are opened only if nothing else holds a tensor (caches travel beside the real outputs).
+    """
+    return _tensors_in(output, any_class=False) or _tensors_in(output, any_class=True)
+
+
+def _tensors_in(output: Any, any_class: bool) -> list[Tensor]:
+    found = []
+    for item in tree_leaves(output):
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif is_dataclass(item) and not isinstance(item, type):
+            found += _tensors_in([getattr(item, f.name) for f in fields(item)], any_class)
+        elif any_class and hasattr(item, "__dict__") and not isinstance(item, type | nn.Module):
+            found += _tensors_in(list(vars(item).values()), any_class=False)
+    return found
+
+
+OUTLIER = 1e4
+"""Entries so many times larger than the typical one (masked logits) are compared with themselves."""
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """Return max |found - expected| / max |expected| over all floating-point output tensors; inf if shapes differ."""
-    worst = 0.0
-    pairs = list(zip(output_tensors(found), output_tensors(expected), strict=True))
-    for a, b in pairs:
-        if a.shape != b.shape:
-            return float("inf")
-        if not b.is_floating_point() or b.numel() == 0:
-            continue
-        a, b = a.double(), b.double()
-        scale = b.abs().max().clamp_min(1e-30)
-        error = ((a - b).abs().max() / scale).item()
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
+    """Return the largest difference over all output tensors, relative to the largest ordinary entry of each.
+
+    Integers must be equal. Infinite if shapes differ, if a difference is not finite, or if there is nothing to compare.
+    """
+    ours, theirs = output_tensors(found), output_tensors(expected)
+    if not theirs or [a.shape for a in ours] != [b.shape for b in theirs]:
+        return float("inf")
+    return max(map(_difference, ours, theirs))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if b.numel() == 0 or torch.equal(a, b):
+        return 0.0
+    if not (b.is_floating_point() or b.is_complex()):
+        return float("inf")
+    size = b.abs().double()
+    ordinary = size[(size > 0) & size.isfinite()]
+    if ordinary.numel() == 0:
+        return float("inf")
+    scale = ordinary[ordinary <= OUTLIER * ordinary.median()].max()
+    wide = torch.complex128 if b.is_complex() else torch.float64
+    error = (a.to(wide) - b.to(wide)).abs() / torch.maximum(size, scale)
+    worst = error[a != b].max().item()
+    return worst if worst == worst else float("inf")

@@ -41,19 +41,22 @@ class _MaskedMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.structure = structure
         self.masks = structure.masks(kept)
-        self.index = 0
+        self.consuming = {name for name, _ in structure.path}
+        self.rest = iter(structure.path)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        index, self.index = self.index, self.index + 1
         name = operation_name(func)
-        if index >= len(self.structure.operations) or self.structure.operations[index] != name:
+        if name not in self.consuming:
+            return func(*args, **kwargs)
+        expected, sites = next(self.rest, ("the end", ()))
+        if expected != name:
             raise StructureError(
-                f"The model took another path than when it was traced (operation {index} is {name}). "
+                f"The model took another path than when it was traced ({name} instead of {expected}). "
                 "Its control flow depends on values, so a cut cannot be proved."
             )
         by_argument: dict[str, tuple[Masks, float]] = {}
-        for site in self.structure.sites.get(index, ()):
+        for site in sites:
             mask = mask_under(site.dim, self.masks)
             if not bool(mask.all()):
                 masks, _ = by_argument.setdefault(site.argument, ({}, site.fill))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.errors import PlanMismatch, SecateurError
 from secateur.structure.inputs import call_with_state, relative_error, undisturbed
 from secateur.structure.masked import run_masked
 from secateur.structure.structure import Kept, Structure
@@ -20,6 +21,21 @@ BEYOND_ROUNDING = 1e-2
 """An error in float32 that rounding cannot explain, so that float64 need not be asked."""
 
 
+def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> tuple[Verification, Structure]:
+    """Return the proof of a cut; if it fails, also the structure with the axes frozen that are to blame."""
+    proof = prove_cut(model, structure, kept, seed)
+    if proof.ok:
+        return proof, structure
+    cut = [name for name, mask in kept.items() if not bool(mask.all())]
+    whole = {name: torch.ones_like(mask) for name, mask in kept.items()}
+
+    def fails(names: list[str]) -> bool:
+        return not prove_cut(model, structure, {**whole, **{name: kept[name] for name in names}}, seed).ok
+
+    failed = _culprits(_with_ties(structure, cut), fails)
+    return proof, structure.frozen(dict.fromkeys(failed, "a cut could not be proved equal to the masked network"))
+
+
 def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> Verification:
     """Cut a weightless copy of `model` and compare it with the masked one on re-drawn parameters.
 
@@ -27,7 +43,10 @@ def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0)
     """
     plan = make_plan(structure, kept)
     small = skeleton(model)
-    apply_plan(small, plan)
+    try:
+        apply_plan(small, plan)
+    except PlanMismatch:
+        return Verification(float("inf"), ok=False)
     error = float("inf")
     for dtype, tolerance in TOLERANCE.items():
         with undisturbed(model), undisturbed(small):
@@ -54,35 +73,39 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
     """
     structure = trace(model, example_inputs)
     verification = structure.verify(model, seed)
-    structure = structure.frozen(dict.fromkeys(verification.failed, "permuting it changed the output"))
-    names = [axis.name for axis in structure.prunable]
-    failed = _unprovable(model, structure, _with_ties(structure, names), seed)
+    reason = verification.reason or "permuting it changed the output"
+    structure = structure.frozen(dict.fromkeys(verification.failed, reason))
+
+    def fails(names: list[str]) -> bool:
+        return not prove_cut(model, structure, _half(structure, names, seed), seed).ok
+
+    failed = _culprits(_with_ties(structure, [axis.name for axis in structure.prunable]), fails)
     return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
 
 
 def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:
     """Return the axes that must be cut together, as one tuple each."""
     tied = {name for tie in structure.ties for name in tie}
-    return [*structure.ties, *((name,) for name in names if name not in tied)]
+    ties = [tie for tie in structure.ties if set(tie) & set(names)]
+    return [*ties, *((name,) for name in names if name not in tied)]
 
 
-def _unprovable(model: nn.Module, structure: Structure, classes: list[tuple[str, ...]], seed: int) -> list[str]:
+def _culprits(classes: list[tuple[str, ...]], fails: Callable[[list[str]], bool]) -> list[str]:
     """Return the axes whose cut fails: all at once first, then halves until each culprit stands alone."""
-    if not classes or prove_cut(model, structure, _half(structure, classes, seed), seed).ok:
+    names = [name for members in classes for name in members]
+    if not names or not fails(names):
         return []
     if len(classes) == 1:
-        return list(classes[0])
+        return names
     middle = len(classes) // 2
-    left = _unprovable(model, structure, classes[:middle], seed)
-    right = _unprovable(model, structure, classes[middle:], seed)
-    return left + right or [name for names in classes for name in names]
+    return _culprits(classes[:middle], fails) + _culprits(classes[middle:], fails) or names
 
 
-def _half(structure: Structure, classes: list[tuple[str, ...]], seed: int) -> dict[str, torch.Tensor]:
+def _half(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
     """Return a random half of the units of each axis, at least one."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
-    for name in (name for names in classes for name in names):
+    for name in names:
         size = structure.axis(name).size
         kept[name] = torch.zeros(size, dtype=torch.bool)
         kept[name][torch.randperm(size, generator=generator)[: max(1, size // 2)]] = True

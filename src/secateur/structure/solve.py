@@ -19,6 +19,8 @@ from secateur.structure.tracer import Constraint, Tracer
 def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], inputs: Inputs) -> Structure:
     """Return the structure that satisfies every equation and every size that the code wrote down."""
     attributes, ties = _solve_sizes(model, tracer)
+    consuming = sorted({tracer.operations[i] for i in tracer.sites})
+    path = [i for i, name in enumerate(tracer.operations) if name in consuming]
     parameters = frozenset(name for name, _ in model.named_parameters())
     axes = _axes(tensors, parameters, attributes)
     tied = (tuple(axis.name for axis in axes if axis.prunable and axis.leaf in members) for members in ties)
@@ -27,8 +29,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         ties=tuple(names for names in tied if len(names) > 1),
         tensors={name: tuple(dims) for name, dims in tensors.items()},
         attributes=attributes,
-        operations=tuple(tracer.operations),
-        sites={i: tuple(sites) for i, sites in tracer.sites.items()},
+        path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
         multiply_adds=tuple(tracer.multiply_adds),
         parameters=parameters,
@@ -84,8 +85,9 @@ def _shape(dim: Dim) -> str:
 def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim], list[set[Dim]]]:
     attributes: dict[Attribute, Dim] = {}
     ties = _Ties()
+    values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
     for constraint in tracer.constraints:
-        _bind(constraint, attributes, ties)
+        _bind(constraint, attributes, values, ties)
     for pieces, where in tracer.equal_counts:
         for a, b in pairwise(pieces):
             ties.add(a, b, where)
@@ -95,7 +97,6 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
             if dim is not None:
                 freeze(dim, f"its size is used as a number ({where})")
     ties.spread_freezes()
-    values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
     for constraint in tracer.constraints:
         if isinstance(constraint.expression, Operation):
             _check(constraint, attributes, values, ties)
@@ -103,10 +104,14 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
     return attributes, ties.classes()
 
 
-def _bind(constraint: Constraint, attributes: dict[Attribute, Dim], ties: _Ties) -> None:
+def _bind(
+    constraint: Constraint, attributes: dict[Attribute, Dim], values: Mapping[Attribute, int], ties: _Ties
+) -> None:
     expression, dim, where = constraint.expression, constraint.dim, constraint.where
     if isinstance(expression, Attribute):
-        if expression in attributes:
+        if values[expression] != dim.size:
+            freeze(dim, f"the code says {expression} = {values[expression]} ({where})")
+        elif expression in attributes:
             ties.add(attributes[expression], dim, where)
         else:
             attributes[expression] = dim

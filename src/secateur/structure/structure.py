@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
 from torch import Tensor, nn
 
-from secateur.structure.dims import Dim, mask_under, size_under
+from secateur.structure.dims import Dim, mask_under, shrunk, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute
 from secateur.structure.tracer import Site
@@ -49,8 +49,7 @@ class Structure:
         ties: Names of axes that must keep equally many units.
         tensors: The dims of every parameter and buffer.
         attributes: Integer attributes that are the size of a dim.
-        operations: The ATen operations of the traced run, in order.
-        sites: Where units are consumed, by index of the operation.
+        path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
         inputs: The example inputs.
@@ -60,8 +59,7 @@ class Structure:
     ties: tuple[tuple[str, ...], ...]
     tensors: Mapping[str, tuple[Dim, ...]]
     attributes: Mapping[Attribute, Dim]
-    operations: tuple[str, ...]
-    sites: Mapping[int, tuple[Site, ...]]
+    path: tuple[tuple[str, tuple[Site, ...]], ...]
     consumers: Mapping[str, tuple[Dim, ...]]
     multiply_adds: tuple[tuple[Dim, ...], ...]
     parameters: frozenset[str]
@@ -95,6 +93,29 @@ class Structure:
         """Return the number of parameters if each axis kept so many units."""
         sizes = self.sizes(counts)
         return sum(prod(size_under(d, sizes) for d in self.tensors[name]) for name in self.parameters)
+
+    def cut(self, kept: Kept) -> Structure:
+        """Return the structure of the model when only the `kept` units remain; axes keep their names."""
+        sizes = self.sizes({name: int(mask.sum()) for name, mask in kept.items()})
+        done: dict[Dim, Dim] = {}
+
+        def small(dims: Iterable[Dim]) -> tuple[Dim, ...]:
+            return tuple(shrunk(dim, sizes, done) for dim in dims)
+
+        def small_site(site: Site) -> Site:
+            return replace(site, dim=shrunk(site.dim, sizes, done))
+
+        tensors = {name: small(dims) for name, dims in self.tensors.items()}
+        leaf_of = {axis.name: shrunk(axis.leaf, sizes, done) for axis in self.axes}
+        return replace(
+            self,
+            axes=tuple(replace(a, size=leaf_of[a.name].size, leaf=leaf_of[a.name]) for a in self.axes),
+            tensors=tensors,
+            attributes={attribute: shrunk(dim, sizes, done) for attribute, dim in self.attributes.items()},
+            path=tuple((name, tuple(map(small_site, sites))) for name, sites in self.path),
+            consumers={name: small(dims) for name, dims in self.consumers.items()},
+            multiply_adds=tuple(map(small, self.multiply_adds)),
+        )
 
     # ----------------------------------------------------------------------------------------- masks and slices
 

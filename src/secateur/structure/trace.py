@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from secateur.errors import InvalidInputs
 from secateur.structure.calls import FunctionCall, implicitly_read, value_arguments
 from secateur.structure.dims import freeze, product
 from secateur.structure.inputs import as_inputs, call_with_state, output_tensors, state_of, undisturbed
@@ -46,7 +47,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     inputs = as_inputs(example_inputs, example_kwargs)
     tracer = Tracer()
     with undisturbed(model):
-        state = {**state_of(model), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
         tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
             tracer.parameter_of[tensor] = name
@@ -54,9 +55,18 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
             tracer.fresh(tensor, "input")
         with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
             output = call_with_state(model, state, inputs)
-        for tensor in output_tensors(output):
+        results = output_tensors(output)
+        if not results:
+            raise InvalidInputs(
+                f"The model's output ({type(output).__name__}) holds no tensor that secateur can find, so no cut could "
+                "be checked. Return tensors, or tuples, lists, dicts or dataclasses of tensors."
+            )
+        for tensor in results:
             for dim in tracer.dims(tensor):
                 freeze(dim, "output")
+        for name in dict(model.named_parameters()).keys() - tracer.used:
+            for dim in tensors[name]:
+                freeze(dim, "not used in the traced call")
     return solve(model, tracer, tensors, inputs)
 
 
@@ -71,7 +81,9 @@ class _OperationMode(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = operation_name(func)
         self.tracer.operations.append(name)
-        apply_rule(OpCall(self.tracer, name, bind(func, args, kwargs or {}), result))
+        call = OpCall(self.tracer, name, bind(func, args, kwargs or {}), result)
+        self.tracer.use(call.tensors())
+        apply_rule(call)
         return result
 
 
@@ -88,13 +100,13 @@ class _FunctionMode(TorchFunctionMode):
         if getattr(func, "__self__", None) is torch.Tensor.shape or name in ("size", "numel"):
             return self._read_size(func(*args, **kwargs), args[0], args[1:] or tuple(kwargs.values()))
         call = FunctionCall(name, args, kwargs)
-        for integer in value_arguments(call):
-            self.tracer.read_value(integer.expression)
-        scaled = implicitly_read(call)
-        if scaled is not None:
-            self.tracer.read_value(self.tracer.dims(scaled)[-1])
         self.tracer.calls.append(call)
         try:
+            for integer in value_arguments(call):
+                self.tracer.read_value(integer.expression)
+            scaled = implicitly_read(call)
+            if scaled is not None:
+                self.tracer.read_value(self.tracer.dims(scaled)[-1])
             return func(*args, **kwargs)
         finally:
             self.tracer.calls.pop()
@@ -122,8 +134,6 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
             # Otherwise a Python function such as F.multi_head_attention_forward arrives as one opaque call.
             stack.enter_context(patch.object(torch.nn.functional, name, lambda *_: False))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave, always_call=True).remove)
         stack.enter_context(traced_attributes(model, tracer.read_value))

@@ -61,6 +61,7 @@ class Tracer:
     consumers: dict[str, list[Dim]] = field(default_factory=lambda: defaultdict(list))
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
 
     # ------------------------------------------------------------------------------------------ where we are
 
@@ -100,6 +101,10 @@ class Tracer:
         name = self.parameter_of.get(source)
         if name is not None:
             self.parameter_of[result] = name
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """Record which parameters and buffers take part in the run."""
+        self.used.update(self.parameter_of[t] for t in tensors if t in self.parameter_of)
 
     # -------------------------------------------------------------------------------------------- equations
 

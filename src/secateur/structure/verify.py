@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import InvalidInputs
 from secateur.structure.dims import Dim, order_under
 from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 
@@ -31,11 +32,13 @@ class Verification:
         max_error: Largest difference of the outputs, relative to the largest output.
         ok: Whether that is at the level of rounding.
         failed: The axes for which it is not.
+        reason: Why nothing could be proved, if that does not lie at an axis.
     """
 
     max_error: float
     ok: bool
     failed: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -47,19 +50,21 @@ def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int
             state[name] = tensor.clone()
         elif name in structure.parameters:
             # PyTorch picks the operations of a linear layer by this flag, even without gradients.
-            state[name] = _redraw_parameter(tensor, dtype, generator).requires_grad_(tensor.requires_grad)
+            # So it does by their memory layout.
+            redrawn = torch.empty_like(tensor, dtype=dtype).copy_(_redraw_parameter(tensor, generator))
+            state[name] = redrawn.requires_grad_(tensor.requires_grad)
         else:
             state[name] = _redraw_buffer(tensor, dtype, generator)
     return state
 
 
-def _redraw_parameter(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    if tensor.dim() < 2:
-        noise = 1 + 0.5 * noise
-    else:
-        noise *= (tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5
-    return noise.to(tensor.device, dtype)
+def _redraw_parameter(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    noise: Tensor = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    if tensor.dim() >= 2:
+        return noise.mul(float(tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5)
+    if bool((tensor > 0).all()):
+        noise = noise.abs()
+    return torch.add(1, noise, alpha=0.5)
 
 
 def _redraw_buffer(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -92,8 +97,11 @@ def _permutation_error(
     inputs = structure.inputs.to(dtype)
     with undisturbed(model):
         state = redraw(model, structure, dtype, seed)
-        expected = call_with_state(model, {n: t.clone() for n, t in state.items()}, inputs)
-        found = call_with_state(model, _permute(state, structure, orders), inputs)
+        try:
+            expected = call_with_state(model, {n: t.clone() for n, t in state.items()}, inputs)
+            found = call_with_state(model, _permute(state, structure, orders), inputs)
+        except InvalidInputs:  # code that insists on one dtype
+            return float("inf")
     return relative_error(found, expected)
 
 
@@ -119,13 +127,16 @@ def _decide(
         worst = error(names, dtype)
         if worst <= tolerance[dtype]:
             return Verification(worst, ok=True)
+    if error([], torch.float64) > tolerance[torch.float64]:
+        reason = "with re-drawn parameters the model's output is random, not finite, or not to be had in float64"
+        return Verification(worst, ok=False, failed=tuple(names), reason=reason)
     return Verification(worst, ok=False, failed=tuple(_culprits(names, tolerance[torch.float64], error)))
 
 
 def _culprits(
     names: Sequence[str], tolerance: float, error: Callable[[Sequence[str], torch.dtype], float]
 ) -> list[str]:
-    if error(names, torch.float64) <= tolerance:
+    if not names or error(names, torch.float64) <= tolerance:
         return []
     if len(names) == 1:
         return list(names)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import struct
 import urllib.request
+import zlib
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def _read(path: Path) -> Tensor:
         rank = content[3]
         shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
         return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * rank).view(shape)
-    except (OSError, EOFError, struct.error, RuntimeError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, struct.error, RuntimeError, IndexError) as error:
         raise InvalidFile(f"{path} is damaged: {error}. Delete it, or install it again.") from error
 
 

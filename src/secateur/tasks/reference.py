@@ -70,7 +70,7 @@ def train_reference(
         model = task.build(network)
         data = task.train_batches(seed)
         trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
-        last = round(settings.epochs * len(data))
+        last = max(1, round(settings.epochs * len(data)))
         history = trainer.run(data, 0, last, evaluate=task.validation_accuracy, on_step=on_step, checkpoint=checkpoint)
     record = {
         "task": task.name,

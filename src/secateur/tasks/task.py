@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.core.slots import Precision
 from secateur.errors import InvalidFile, UnknownName
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks.networks import build_network
@@ -81,7 +82,7 @@ class Task:
     augment: Augment | None
     batch_size: int
     label_smoothing: float = 0.1
-    precision: str = "32-true"
+    precision: Precision = "32-true"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the training loss: mean cross-entropy with smoothed labels."""

@@ -35,9 +35,12 @@ class Progress:
     rng: Tensor | None = None
 
 
-def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
-    """Write the state of a training run; the file appears whole or not at all."""
+def save_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, progress: Progress, run: str
+) -> None:
+    """Write the state of the training run that `run` describes; the file appears whole or not at all."""
     state = {
+        "run": run,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": {**vars(progress), "rng": torch.get_rng_state()},
@@ -46,24 +49,35 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: O
         torch.save(state, temporary)
 
 
-def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> Progress:
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, run: str) -> Progress:
     """Put a checkpoint's state into `model` and `optimizer` and return where it was; no code in the file is run.
 
     Raises:
         InvalidFile: The file is damaged.
-        PlanMismatch: It is of another model.
+        PlanMismatch: It is of another model or of another run; nothing was loaded.
     """
+    name = os.fspath(path)
     try:
         state: dict[str, Any] = torch.load(Path(path), weights_only=True)
         progress = Progress(**state["progress"])
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
+        theirs = {key: tuple(tensor.shape) for key, tensor in state["model"].items()}
+        saved_run = state["run"]
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, AttributeError) as error:
         raise InvalidFile(
-            f"The checkpoint {os.fspath(path)!r} is damaged: {error}. Delete it to start anew."
+            f"The checkpoint {name!r} is damaged ({type(error).__name__}). Delete it to start anew."
         ) from error
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlanMismatch(f"The checkpoint {os.fspath(path)!r} is of another model: {reason}") from error
+    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if ours != theirs:
+        odd = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+        raise PlanMismatch(
+            f"The checkpoint {name!r} is of another model: {odd!r} has shape {theirs.get(odd)} there and "
+            f"{ours.get(odd)} here. Pass another file, or build the model that it is of."
+        )
+    if saved_run != run:
+        raise PlanMismatch(
+            f"The checkpoint {name!r} is of another run: {saved_run}; asked for: {run}. "
+            "Use the same settings, or another file."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
     return progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning_fabric import Fabric
@@ -12,18 +12,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from secateur.core.batches import Data
+from secateur.core.slots import Precision
+from secateur.errors import InvalidRecipe
 from secateur.training.data import TensorBatches
 
 __all__ = ["Fabric", "average_buffers", "join_processes", "make_fabric", "share_data"]
 
 
-def make_fabric(model: nn.Module, precision: str = "32-true") -> Fabric:
+def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
     """Return a Fabric for the device that `model` is on, with all processes that ``torchrun`` started.
 
     Args:
         model: The model to train; it stays where it is.
         precision: ``32-true`` or ``bf16-mixed``.
+
+    Raises:
+        InvalidRecipe: Another precision.
     """
+    if precision not in get_args(Precision):
+        raise InvalidRecipe(f"Unknown precision {precision!r}; known: {', '.join(get_args(Precision))}.")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = next(model.parameters()).device
@@ -31,7 +38,7 @@ def make_fabric(model: nn.Module, precision: str = "32-true") -> Fabric:
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=world if device.type != "cuda" or world > 1 else [device.index or torch.cuda.current_device()],
         strategy="ddp" if world > 1 else "auto",
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
     )
     fabric.launch()
     return fabric

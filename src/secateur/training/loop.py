@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Data, Loss, channels_last_is_safe, default_loss, split_batch, to_model
 from secateur.core.masks import Masks
+from secateur.core.slots import Precision
 from secateur.errors import DataNeeded, TrainingDiverged
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.inputs import undisturbed
@@ -58,7 +59,7 @@ class Trainer:
         loss: Loss | None = None,
         teacher: nn.Module | None = None,
         hooks: Sequence[Hooks] = (),
-        precision: str = "32-true",
+        precision: Precision = "32-true",
     ) -> None:
         self.model, self.settings, self.hooks = model, settings, tuple(hooks)
         self._loss = loss
@@ -80,7 +81,7 @@ class Trainer:
         first: int,
         last: int,
         *,
-        lr_span: tuple[int, int] | None = None,
+        lr_span: tuple[float, float] | None = None,
         evaluate: Evaluate | None = None,
         on_step: OnStep | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -104,14 +105,15 @@ class Trainer:
         data = share_data(data)
         per_epoch = epoch_length(data)
         progress = Progress(step=first)
+        this_run = f"steps {first} to {last} of {self.settings.model_dump_json()}"
         if checkpoint is not None and Path(checkpoint).exists():
-            progress = load_checkpoint(checkpoint, self.model, self.optimizer)
+            progress = load_checkpoint(checkpoint, self.model, self.optimizer, this_run)
         state = TrainingState(self.model, self.optimizer, progress.step, last)
         log_every = max(1, min(per_epoch, (last - first) // LOG_ENTRIES))
         self._call("on_start", state)
         if evaluate is not None and progress.step == first < last and not progress.history:
             progress.history.append({"step": first, "validation": self._validate(evaluate)})
-        with _mode(self.model, training=True), _mode(self._teacher, training=False):
+        with _mode(self.model, training=True), _mode(self._teacher, training=False), _fast_layout(self.model):
             for batch in _batches(data, per_epoch, progress) if progress.step < last else ():
                 state.lr = self._set_lr(progress.step, lr_span or (first, last))
                 state.loss = self._step(batch, state)
@@ -125,7 +127,7 @@ class Trainer:
                 if checkpoint is not None and (
                     finished or (checkpoint_every and progress.step % checkpoint_every == 0)
                 ):
-                    save_checkpoint(checkpoint, self.model, self.optimizer, progress)
+                    save_checkpoint(checkpoint, self.model, self.optimizer, progress, this_run)
                 if progress.step == last:
                     break
         average_buffers(self.model)
@@ -158,8 +160,8 @@ class Trainer:
         self._call("after_step", state)
         return value
 
-    def _set_lr(self, step: int, span: tuple[int, int]) -> float:
-        lr = learning_rate(self.settings, (step - span[0]) / max(span[1] - span[0], 1))
+    def _set_lr(self, step: int, span: tuple[float, float]) -> float:
+        lr = learning_rate(self.settings, (step - span[0]) / max(span[1] - span[0], 1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -239,20 +241,33 @@ def _batches(data: Data, per_epoch: int, progress: Progress) -> Iterator[Any]:
 
 @contextmanager
 def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
-    """Set train or eval mode, and the memory layout in which CPU convolutions are fastest; both restored."""
+    """Set train or eval mode; restored."""
     if model is None:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
-    if channels_last_is_safe(model):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def _fast_layout(model: nn.Module) -> Iterator[None]:
+    """Put kernels into the memory layout in which CPU convolutions are fastest, if it is safe; restored."""
+    kernels = [p for p in model.parameters() if p.dim() == 4] if channels_last_is_safe(model) else []
+    strides = [p.stride() for p in kernels]
+    for parameter in kernels:
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for parameter, stride in zip(kernels, strides, strict=True):
+            parameter.data = torch.empty_strided(
+                parameter.shape, stride, dtype=parameter.dtype, device=parameter.device
+            ).copy_(parameter.data)
 
 
 def accuracy(data: Data) -> Evaluate:
@@ -265,8 +280,13 @@ def accuracy(data: Data) -> Evaluate:
                 args, kwargs, target = split_batch(to_model(batch, model))
                 output = model(*args, **kwargs)
                 logits: Tensor = getattr(output, "logits", output)
-                right += int((logits.argmax(-1) == target).sum())
-                seen += target.numel()
+                labels = target.get("labels") if isinstance(target, Mapping) else target
+                if not isinstance(labels, Tensor):
+                    raise DataNeeded("Validation needs targets: batches (inputs, target), or mappings with 'labels'.")
+                right += int((logits.argmax(-1) == labels).sum())
+                seen += labels.numel()
+        if not seen:
+            raise DataNeeded("The validation data are empty; pass a list or a DataLoader, which can be read again.")
         return right / seen
 
     return evaluate

@@ -9,7 +9,7 @@ from torch import nn
 from secateur.core.batches import Data, Loss
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
-from secateur.core.slots import Level
+from secateur.core.slots import Level, Precision
 from secateur.core.units import Units
 from secateur.errors import DataNeeded
 from secateur.measure.profile import count_macs
@@ -35,7 +35,7 @@ class Recoverer:
         loss: Loss | None = None,
         evaluate: Evaluate | None = None,
         on_step: OnStep | None = None,
-        precision: str = "32-true",
+        precision: Precision = "32-true",
     ) -> None:
         self.history: History = []
         self._recipe, self._dense, self._inputs, self._data = recipe, dense, example_inputs, data
@@ -54,7 +54,9 @@ class Recoverer:
         first = self._step
         last = self._step = first + round(until * total) - round(level.at * total)
         trainer = self._trainer_of(units, settings)
-        span = (first, last) if self._recipe.schedule.restarts else (0, total)
+        # A network that has become smaller may train for more steps: where this stretch lies is a matter of shares.
+        begin = first - level.at * total
+        span = (first, last) if self._recipe.schedule.restarts else (begin, begin + total)
         self.history += trainer.run(
             self._data, first, last, lr_span=span, evaluate=self._evaluate, on_step=self._on_step
         )
@@ -69,7 +71,8 @@ class Recoverer:
 
     def _trainer_of(self, units: Units, settings: FineTune) -> Trainer:
         """Return the trainer of the present network; the same one, with its momentum, while the network is the same."""
-        if self._trainer is None or self._trainer.model is not units.model:
+        rewound = self._recipe.weights_from != "same"  # old momentum has nothing to do with these weights
+        if self._trainer is None or self._trainer.model is not units.model or rewound:
             self._trainer = Trainer(
                 units.model,
                 settings,

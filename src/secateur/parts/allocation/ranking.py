@@ -28,9 +28,10 @@ class Global(Allocation):
         return {group: values / self._scale(values) for group, values in scores.items()}
 
     def _scale(self, values: Tensor) -> Tensor:
-        if self.normalize == "none":
+        size = values[values.isfinite()].abs()
+        if self.normalize == "none" or size.numel() == 0:
             return values.new_ones(())
-        size = values.abs().mean() if self.normalize == "mean" else values.abs().max()
+        size = size.mean() if self.normalize == "mean" else size.max()
         return size if size > 0 else values.new_ones(())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,12 @@ from torch import Tensor, nn
 
 from secateur.core.slots import Granularity, Scope
 from secateur.core.units import Kept, Limits, Scores, Units
-from secateur.errors import StructureError
 from secateur.structure.dims import Dim, leaves, unit_index
-from secateur.structure.inputs import Inputs, as_inputs
+from secateur.structure.inputs import Inputs, as_inputs, state_of
 from secateur.structure.plan import Plan
-from secateur.structure.prove import prove_cut, proved_structure
+from secateur.structure.prove import proved_keep, proved_structure
 from secateur.structure.structure import Axis, Structure
 from secateur.structure.surgery import cut_copy, make_plan
-from secateur.structure.trace import trace
 from secateur.structure.verify import Verification
 
 
@@ -60,12 +59,6 @@ class ChannelUnits(Units):
     def shapes(self) -> Mapping[str, torch.Size]:
         """One vector per free axis."""
         return {axis.name: torch.Size([axis.size]) for axis in self.structure.prunable}
-
-    @property
-    def settled(self) -> int:
-        """Number of units on axes that have only one left."""
-        listed = self.shapes
-        return sum(int(mask.sum()) for name, mask in self._kept.items() if name not in listed)
 
     @property
     def plan(self) -> Plan:
@@ -110,29 +103,42 @@ class ChannelUnits(Units):
             return any(dim is d for d in same)
         return any(leaf in _free(c) for c in consumed for leaf in _free(dim))
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: Kept) -> bool:
         """Cut everything else off, and prove that the result computes what the masked network computes.
 
-        Raises:
-            StructureError: The proof failed; nothing is changed.
+        Returns:
+            Whether that is so. If not, nothing is cut, and the axes that are to blame are frozen.
         """
-        plan = make_plan(self.structure, kept)
-        proof = prove_cut(self.model, self.structure, kept)
+        proof, structure = proved_keep(self.model, self.structure, kept)
         if not proof.ok:
-            raise StructureError(
-                f"The cut network differs from the masked one by {proof.max_error:.2e} (relative); nothing was cut. "
-                "Please report the model; `secateur inspect` shows its axes, and a scope can exclude some of them."
-            )
+            self._freeze(structure)
+            return False
         self.proofs.append(proof)
         for name, mask in kept.items():
             self._kept[name][self._kept[name].clone()] = mask.cpu()
-        self.model = cut_copy(self.model, plan)
-        frozen = {axis.name: axis.reason for axis in self.dense_structure.axes if not axis.prunable}
-        self.structure = trace(self.model, self.inputs).frozen(frozen)
+        self.model = cut_copy(self.model, make_plan(structure, kept))
+        self.structure = structure.cut(kept)
+        return True
+
+    def _freeze(self, structure: Structure) -> None:
+        """Take over what a failed proof has frozen."""
+        frozen = {axis.name: axis.reason for axis in structure.axes if not axis.prunable}
+        self.structure = structure
+        self.dense_structure = self.dense_structure.frozen(frozen)
+        self.limits = replace(self.limits, ties=structure.ties)
 
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Load the remaining part of a state dict of the unpruned model."""
-        self.model.load_state_dict(self.plan.slice_state(state))
+        first_name = {id(tensor): name for name, tensor in state_of(self.model).items()}
+        own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        own |= dict(self.model.named_buffers(remove_duplicate=False))
+        plan = self.plan
+        self.model.load_state_dict(
+            {
+                name: plan.slice(first_name[id(own[name])], tensor) if name in own else tensor
+                for name, tensor in state.items()
+            }
+        )
 
 
 def _free(dim: Dim) -> Iterator[Dim]:

@@ -56,10 +56,11 @@ class WeightUnits(Units):
         """Return the entries that are masked."""
         return {name: ~mask for name, mask in self.masks.items()}
 
-    def keep(self, kept: Kept) -> None:
-        """Zero all other entries."""
+    def keep(self, kept: Kept) -> bool:
+        """Zero all other entries; always possible."""
         self.masks = kept
         Masks(self.model, kept).apply()
+        return True
 
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict, then zero the masked entries."""

@@ -41,10 +41,12 @@ def all_rules() -> dict[str, Rule]:
 def apply_rule(call: OpCall) -> None:
     """Let an operation speak; freeze what an unknown one touches."""
     known = all_rules().get(call.name)
-    if known is not None:
-        known(call)
-        return
     reason = f"no rule for the operation {call.name}"
+    if known is not None:
+        try:
+            return known(call)
+        except Exception as error:  # a form of the operation that nobody thought of must not stop the user
+            reason = f"the rule for {call.name} does not know this form of it ({type(error).__name__}: {error})"
     for tensor in call.tensors():
         call.tracer.freeze(call.tracer.dims(tensor), reason)
     for tensor in call.results():

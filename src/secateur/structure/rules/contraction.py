@@ -81,7 +81,7 @@ def convolution(call: OpCall) -> None:
     first, second, *kernel = tracer.dims(weight)
     tracer.freeze(kernel, "convolution kernel")
     group = leaf(groups)
-    tracer.constrain(size_argument(tracer.call, 7 if transposed else 6, "groups", groups), group)
+    tracer.constrain(size_argument(tracer.call, 6, "groups", groups), group)
     inner = second if not transposed else leaf(x.shape[1] // groups)
     outer = leaf(weight.shape[0] // groups) if not transposed else second
     tracer.unify(c_in, product([group, inner]))
@@ -93,7 +93,11 @@ def convolution(call: OpCall) -> None:
         tracer.consumers[name].append(inner)
     if call["bias"] is not None:
         tracer.unify(tracer.dims(call["bias"])[0], c_out)
-    space = [leaf(size, "spatial" if size > 1 else "") for size in call.out.shape[2:]]
+    if call.out.shape[2:] == x.shape[2:] and all(d.size == 1 for d in kernel):
+        space = space_in
+    else:
+        tracer.freeze(space_in, "spatial")
+        space = [leaf(size, "spatial" if size > 1 else "") for size in call.out.shape[2:]]
     tracer.cost(n, c_out, inner, *kernel, *(space_in if transposed else space))
     tracer.set(call.out, [n, c_out, *space])
 

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor
 
-from secateur.structure.calls import expand_sizes, slice_bounds, split_sizes, view_sizes
+from secateur.structure.calls import expand_sizes, expanded_like, size_argument, slice_bounds, split_sizes, view_sizes
 from secateur.structure.dims import Dim, concat, is_frozen, leaf, product, split
 from secateur.structure.rules import rule
 from secateur.structure.tracer import OpCall, Tracer
@@ -75,6 +75,8 @@ def transpose(call: OpCall) -> None:
     """Swap two dims."""
     source = call["self"]
     dims = list(call.tracer.dims(source))
+    if not dims:
+        return call.tracer.follow(call.out, source, dims)
     i, j = call["dim0"], call["dim1"]
     dims[i], dims[j] = dims[j], dims[i]
     call.tracer.follow(call.out, source, dims)
@@ -113,11 +115,14 @@ def expand(call: OpCall) -> None:
     """Dims of size 1 become new axes whose units are all alike."""
     tracer, source = call.tracer, call["self"]
     written = expand_sizes(tracer.call, call.out)
+    like = expanded_like(tracer.call)
     old = [leaf(1)] * (call.out.dim() - source.dim()) + tracer.dims(source)
     dims = []
     for dim, size, expression in zip(old, call.out.shape, written, strict=True):
         if dim.size == size:
             dims.append(dim)
+        elif expression is None and like is not None:
+            dims.append(tracer.dims(like)[len(dims)])
         elif isinstance(expression, Dim):
             dims.append(expression)  # copies of one value follow whichever axis they were copied for
         else:
@@ -245,6 +250,39 @@ def pad(call: OpCall) -> None:
     tracer.set(call.out, dims)
 
 
+@rule("pixel_shuffle")
+def pixel_shuffle(call: OpCall) -> None:
+    """(n, c r r, h, w) -> (n, c, h r, w r): channels are c x r x r."""
+    tracer, x, factor = call.tracer, call["self"], call["upscale_factor"]
+    *batch, channels, height, width = tracer.dims(x)
+    kept = leaf(call.out.shape[-3])
+    inner = [leaf(factor, "pixel shuffle"), leaf(factor, "pixel shuffle")]
+    tracer.unify(channels, product([kept, *inner]))
+    tracer.set(call.out, [*batch, kept, product([height, inner[0]]), product([width, inner[1]])])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(call: OpCall) -> None:
+    """(n, c, h r, w r) -> (n, c r r, h, w)."""
+    tracer, x, factor = call.tracer, call["self"], call["downscale_factor"]
+    *batch, channels, height, width = tracer.dims(x)
+    tracer.freeze([height, width], "spatial")
+    inner = [leaf(factor, "pixel unshuffle"), leaf(factor, "pixel unshuffle")]
+    space = [leaf(size, "spatial" if size > 1 else "") for size in call.out.shape[-2:]]
+    tracer.set(call.out, [*batch, product([channels, *inner]), *space])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: OpCall) -> None:
+    """Channels groups x members become members x groups."""
+    tracer, x, groups = call.tracer, call["self"], int(call["groups"])
+    n, channels, *space = tracer.dims(x)
+    group, member = leaf(groups), leaf(x.shape[1] // groups)
+    tracer.constrain(size_argument(tracer.call, 1, "groups", groups), group)
+    tracer.unify(channels, product([group, member]))
+    tracer.set(call.out, [n, product([member, group]), *space])
+
+
 @rule("flip", "roll", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def reorder(call: OpCall) -> None:
     """The order of the units matters where they are moved about; untouched dims pass."""
@@ -268,12 +306,38 @@ def reorder(call: OpCall) -> None:
     "upsample_bilinear2d",
     "upsample_bicubic2d",
     "upsample_linear1d",
+    "upsample_nearest3d",
+    "upsample_trilinear3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
 )
 def upsample(call: OpCall) -> None:
     """Batch and channels pass, space is new."""
     windowed(call.tracer, call["self"], call.out, 2)
+
+
+@rule("im2col")
+def im2col(call: OpCall) -> None:
+    """(n, c, h, w) -> (n, c x kernel, positions)."""
+    tracer, x = call.tracer, call["self"]
+    n, channels, *space = tracer.dims(x)
+    tracer.freeze(space, "spatial")
+    kernel = [leaf(size, "convolution kernel") for size in call["kernel_size"]]
+    tracer.set(call.out, [n, product([channels, *kernel]), leaf(call.out.shape[-1], "spatial")])
+
+
+@rule("col2im")
+def col2im(call: OpCall) -> None:
+    """(n, c x kernel, positions) -> (n, c, h, w)."""
+    tracer, x = call.tracer, call["self"]
+    n, columns, positions = tracer.dims(x)
+    tracer.freeze([positions], "spatial")
+    channels = leaf(call.out.shape[1])
+    tracer.unify(columns, product([channels, *(leaf(size, "convolution kernel") for size in call["kernel_size"])]))
+    tracer.set(call.out, [n, channels, *(leaf(size, "spatial" if size > 1 else "") for size in call.out.shape[2:])])
 
 
 def windowed(tracer: Tracer, source: Tensor, result: Tensor, kept: int) -> None:

@@ -55,6 +55,21 @@ def _written_size(call: OpCall, index: int, size: int) -> Expression:
     return expression_of(written[index]) if isinstance(written, tuple | list) else size
 
 
+@rule("_weight_norm_interface")
+def weight_norm(call: OpCall) -> None:
+    """Each slice of v along `dim` is divided by its norm, which runs over the other dims, and multiplied by g."""
+    tracer, v, g = call.tracer, call["v"], call["g"]
+    position = call.arguments.get("dim", 0) % v.dim()
+    dims = tracer.dims(v)
+    for own, dim in zip(tracer.dims(g), dims, strict=True):
+        if own.size > 1:
+            tracer.unify(own, dim)
+    tracer.consume("v", v, [i for i in range(v.dim()) if i != position])
+    for tensor in call.results():
+        tracer.fresh(tensor, "norms")
+    tracer.set(call.out, dims)
+
+
 @rule("native_group_norm")
 def group_norm(call: OpCall) -> None:
     """Channels are groups x members; statistics run over the members and over space."""

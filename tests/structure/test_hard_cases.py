@@ -1,0 +1,305 @@
+"""Models that analyses stumble over: shared modules, odd outputs, unused parts, layouts, dtypes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur as sc
+from secateur.core.slots import Criterion
+from secateur.errors import InvalidInputs, NothingPrunable
+from secateur.structure.inputs import output_tensors, relative_error, state_of, undisturbed
+from secateur.structure.prove import proved_structure
+from secateur.structure.surgery import cut_copy
+from secateur.testing.oracle import oracle_error
+
+
+class Model(nn.Module):
+    """A module whose forward is a plain function of (self, x)."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+def free(structure):
+    return {axis.name: axis.size for axis in structure.prunable}
+
+
+def half(model, x, **options):
+    return sc.prune(model.eval(), x, granularity="channel", budget=sc.Budget(macs=0.5), **options)
+
+
+def test_a_module_that_is_registered_twice_keeps_its_weights():
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Linear(6, 8), shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(8, 3)).eval()
+    x, before = torch.randn(4, 6), shared.weight.detach().clone()
+    expected = model(x)
+    assert sc.trace(model, x).verify(model).ok
+    assert isinstance(model[1].weight, nn.Parameter) and model[3].weight is model[1].weight
+    assert torch.equal(shared.weight, before) and torch.equal(model(x), expected)
+    pruned = half(model, x)
+    assert pruned.model[1] is pruned.model[3] and pruned.after.macs < pruned.before.macs
+    assert oracle_error(model, pruned.model, pruned.structure_plan, x) < 1e-5  # on the real weights
+
+
+@dataclass
+class Out:
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Box:
+    def __init__(self, logits):
+        self.inside = {"logits": logits}
+
+
+@pytest.mark.parametrize("wrap", [Out, Box])
+def test_outputs_inside_objects_are_found_and_frozen(wrap):
+    model = Model(lambda self, x: wrap(self.b(self.a(x).relu())), a=nn.Linear(6, 16), b=nn.Linear(16, 10))
+    structure = sc.trace(model, torch.randn(2, 6))
+    assert structure.axis("b").reason == "output" and free(structure) == {"a": 16}
+
+
+def test_a_model_without_an_output_tensor_is_refused():
+    model = Model(lambda self, x: self.a(x).sum().item(), a=nn.Linear(6, 4))
+    with pytest.raises(InvalidInputs, match="holds no tensor that secateur can find"):
+        sc.trace(model, torch.randn(2, 6))
+
+
+def test_caches_beside_the_real_outputs_are_not_outputs():
+    inside = torch.ones(2)
+    assert output_tensors((inside, Box(torch.zeros(3)))) == [inside]
+
+
+def test_integer_and_complex_outputs_are_compared():
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0
+    assert relative_error(torch.tensor([3 + 4j]), torch.tensor([3 + 4.5j])) == pytest.approx(0.5 / abs(3 + 4.5j))
+    assert relative_error((), ()) == float("inf")
+    assert relative_error(torch.ones(2), (torch.ones(2), torch.ones(2))) == float("inf")
+
+
+def test_masked_logits_do_not_hide_errors():
+    expected = torch.tensor([1.0, -2.0, -1e9, float("-inf")])
+    assert relative_error(torch.tensor([1.0, -1.0, -1e9, float("-inf")]), expected) == pytest.approx(0.5)
+    assert relative_error(torch.tensor([1.0, -2.0, -1e9, 0.0]), expected) == float("inf")
+    assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+
+
+def test_parameters_that_the_traced_call_does_not_use_are_frozen():
+    def forward(self, x, second=None):
+        h = self.a(x).relu()
+        return self.b(h) if second is None else self.b(h) + self.d(self.c(second).relu())
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3), c=nn.Linear(7, 30), d=nn.Linear(30, 3))
+    x, second = torch.randn(2, 6), torch.randn(2, 7)
+    structure = sc.trace(model, x)
+    assert structure.axis("c").reason == "not used in the traced call" and free(structure) == {"a": 16}
+    assert half(model, x).model(x, second).shape == (2, 3)
+
+
+class RMSNorm(nn.Module):
+    """As language models write it: the statistics in float32."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+def test_bfloat16_models_with_float32_statistics():
+    model = nn.Sequential(nn.Linear(6, 16), RMSNorm(16), nn.ReLU(), nn.Linear(16, 3)).to(torch.bfloat16)
+    pruned = half(model, torch.randn(2, 6, dtype=torch.bfloat16))
+    assert pruned.model[0].weight.shape == (8, 6) and pruned.model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_memory_layout_does_not_matter(layout):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 3))
+    model.to(memory_format=layout)
+    pruned = half(model, torch.randn(2, 3, 8, 8))
+    assert pruned.model[0].out_channels == 8 and pruned.model[3].in_features == 8 * 36
+
+
+def test_fused_attention_layers_are_opened():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True).eval()
+    model, x = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), torch.randn(2, 5, 16)
+    assert {name: size for name, size in free(proved_structure(model, x)).items() if "linear1" in name} == {
+        "0.layers.0.linear1": 64,
+        "0.layers.1.linear1": 64,
+    }
+    assert sc.profile(model, x).macs == sc.trace(model, x).macs({})
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_iterative_cuts_keep_the_names_of_axes():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers = (
+            nn.Conv2d(3, 24, 3),
+            nn.GroupNorm(6, 24),
+            nn.ReLU(),
+            nn.Conv2d(24, 24, 3, groups=12),
+            nn.ReLU(),
+            nn.Conv2d(24, 16, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        )
+        model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+        pruned = sc.prune(
+            model, x, granularity="channel", budget=sc.Budget(macs=0.1), schedule={"name": "iterative", "steps": 6}
+        )
+        once = cut_copy(model, pruned.structure_plan).state_dict()
+        assert all(torch.equal(once[name], tensor) for name, tensor in pruned.model.state_dict().items())
+
+
+def test_axes_may_shrink_to_one_unit_before_the_last_round():
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.randn(2, 8)
+    for schedule in ("iterative", "cubic"):
+        pruned = sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.25), schedule=schedule)
+        assert pruned.model[0].out_features == 1
+        with pytest.raises(sc.errors.BudgetUnreachable, match=r"Budget\(macs=0\.2500\)"):
+            sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.2), schedule=schedule)
+
+
+@pytest.mark.parametrize("forward", [lambda self, x: self.a(x).log(), lambda self, x: F.dropout(self.a(x), 0.5, True)])
+def test_models_whose_output_cannot_be_repeated_are_named_as_such(forward):
+    model = Model(lambda self, x: forward(self, self.b(x)), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
+    verification = sc.trace(model, torch.randn(2, 6)).verify(model)
+    assert not verification.ok and "random, not finite" in verification.reason
+    with pytest.raises(NothingPrunable, match="random, not finite"):
+        half(model, torch.randn(2, 6))
+
+
+class FirstLayerIsWorst(Criterion):
+    """The worst units all lie on the first axis."""
+
+    name = "first layer is worst"
+
+    def score(self, context):
+        return {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(context.units.shapes.items())}
+
+
+def test_a_cut_that_cannot_be_proved_is_undone_and_another_one_made():
+    def forward(self, x):
+        h = self.a(x)
+        return self.c(self.b(h if h.shape[1] >= 6 else 2 * h).relu())
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 3))
+    pruned = half(model, torch.randn(2, 6), criterion=FirstLayerIsWorst())
+    assert pruned.model.a.out_features >= 6  # half of the MACs is met before the size matters
+    options = {"granularity": "channel", "criterion": FirstLayerIsWorst(), "budget": sc.Budget(macs=0.35)}
+    pruned = sc.prune(model, torch.randn(2, 6), **options)
+    assert pruned.model.a.out_features == 16 and pruned.model.b.out_features < 16
+    assert "could not be proved" in pruned.structure.axis("a").reason and pruned.after.macs <= 0.35 * pruned.before.macs
+
+
+def test_a_rule_that_stumbles_freezes_instead_of_failing():
+    model = Model(
+        lambda self, x: self.b(self.a(x) + torch.full(size=(16,), fill_value=2.0)),
+        a=nn.Linear(6, 16),
+        b=nn.Linear(16, 3),
+    )
+    assert sc.trace(model, torch.randn(2, 6)).verify(model).ok
+    scalar = Model(lambda self, x: self.b(self.a(x)) * self.s.transpose(0, 0), a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    scalar.s = nn.Parameter(torch.tensor(2.0))
+    assert free(sc.trace(scalar, torch.randn(2, 6))) == {"a": 16}
+
+
+def test_many_slices_of_one_dim():
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(sum(h[:, i : i + 1] for i in range(1200)))
+
+    model = Model(forward, a=nn.Linear(6, 1200), b=nn.Linear(1, 3))
+    assert sc.trace(model, torch.randn(2, 6)).verify(model).ok
+
+
+def test_a_buffer_that_is_a_parameter_is_one_tensor():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    model.register_buffer("alias", model[0].weight)
+    assert list(state_of(model)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    pruned = half(model, torch.randn(2, 6)).model
+    assert pruned.alias is pruned[0].weight and pruned.alias.shape == (8, 6)
+
+
+def test_an_attribute_larger_than_the_dim_it_slices():
+    model = Model(lambda self, x: self.b(self.a(x)[:, 1 : self.most]), a=nn.Linear(6, 17), b=nn.Linear(16, 3))
+    model.most = 5000
+    assert sc.trace(model, torch.randn(2, 6)).verify(model).ok
+    model.most = 17
+    assert sc.trace(model, torch.randn(2, 6)).verify(model).ok
+
+
+def test_nothing_that_a_forward_stores_stays_in_the_model():
+    def forward(self, x):
+        self.last, self.steps = x.shape[-1], self.steps + 1
+        return self.b(self.a(x))
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.register_buffer("steps", torch.zeros(()))
+    before = dict(vars(model.eval()))
+    sc.trace(model, torch.randn(2, 6))
+    sc.profile(model, torch.randn(2, 6))
+    half(model, torch.randn(2, 6))
+    assert vars(model) == before and model.steps == 0 and not hasattr(model, "last")
+    with undisturbed(model):
+        model(torch.randn(2, 6))
+        assert model.last == 6
+    assert not hasattr(model, "last")
+
+
+@pytest.mark.parametrize("slots", [{"weights_from": "init"}, {"mask_from": "init", "schedule": "iterative"}])
+def test_checkpoints_of_models_with_tied_weights(slots):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[4].weight = model[2].weight
+    init = {name: tensor + 1 for name, tensor in copy.deepcopy(model.state_dict()).items()}
+    pruned = half(model, torch.randn(2, 6), checkpoints={"init": init}, **slots)
+    assert pruned.model[4].weight is pruned.model[2].weight and pruned.after.macs < pruned.before.macs
+
+
+@pytest.mark.parametrize(
+    ("layer", "width"),
+    [
+        (nn.ConvTranspose2d(16, 16, 2, 2, groups=16), 16),
+        (nn.PReLU(16), 16),
+        (nn.PixelShuffle(2), 4),
+        (nn.ChannelShuffle(4), 16),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 12, 3)), 12),
+        (nn.Unfold(2), 16 * 4),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_that_rules_know(layer, width):
+    tail = [nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 3)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), layer, *tail)
+    structure = proved_structure(model, torch.randn(2, 3, 8, 8))
+    assert structure.axis("0").prunable or any(a.name.startswith("0") for a in structure.prunable), structure.axes
+
+
+def test_spatial_dims_that_a_kernel_mixes_are_frozen():
+    model = Model(
+        lambda self, x: self.o(self.c(self.a(x)[:, None]).flatten(1)),
+        a=nn.Linear(6, 16),
+        c=nn.Conv1d(1, 4, 3, padding=1),
+        o=nn.Linear(64, 3),
+    )
+    structure = sc.trace(model, torch.randn(2, 6))
+    assert structure.verify(model).ok and free(structure) == {"c": 4}
