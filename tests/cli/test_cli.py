@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+import secateur as sc
 from secateur.cli import common, main
 from secateur.testing.toys import NETWORKS
 
@@ -57,6 +58,17 @@ def cli(tmp_path, monkeypatch, capsys):
 def test_every_command_has_help(cli, command):
     code, out, _ = cli(*filter(None, [command]), "--help")
     assert code == 0 and "Usage: secateur" in out
+
+
+def test_the_version(cli):
+    assert cli("--version") == (0, f"secateur {sc.__version__}\n", "")
+
+
+def test_results_do_not_go_where_a_file_is(cli, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    (tmp_path / "recipe.yaml").write_text("task: digits\nbudget: {macs: 0.5}\n")
+    code, _, err = cli("prune", tmp_path / "recipe.yaml", "--out", tmp_path / "taken")
+    assert code == 2 and "is a file, or cannot be written to" in err
 
 
 def test_methods_lists_and_shows_cards(cli):

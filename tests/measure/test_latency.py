@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import MissingDependency, UnknownName
+from secateur.errors import InvalidInputs, MissingDependency, UnknownName
 from secateur.measure import latency as module
 from secateur.measure.latency import available_engines, compare_latency
 from secateur.testing.toys import toy
@@ -39,6 +39,12 @@ def test_the_median_is_the_time_of_a_call():
     assert (found.engine, found.threads, found.batch, found.dtype) == ("eager", 1, 5, "float32")
     assert model.training and set(model.batches) == {5}
     assert len(model.batches) > found.n >= 20  # warm-up calls are not counted
+
+
+@pytest.mark.parametrize("name", ["threads", "batch"])
+def test_fewer_than_one_thread_or_sample_is_refused(name):
+    with pytest.raises(InvalidInputs, match=f"{name} must be at least 1; got 0"):
+        sc.measure_latency(nn.Linear(2, 2), torch.zeros(1, 2), **{name: 0})
 
 
 def test_models_are_timed_in_turn():

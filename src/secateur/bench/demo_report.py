@@ -67,15 +67,22 @@ def headline_of(record: dict[str, Any]) -> str:
 
 def verdict_of(record: dict[str, Any]) -> str:
     """Return what the two controls say, in plain words: random pruning, and training from scratch."""
-    means = {name: 100 * row["test_accuracy"]["mean"] for name, row in record["rows"].items()}
     scratch = record["scratch"]["epochs"]
     recovery = record["recipes"]["taylor"]["recovery"]["epochs"]
-    over_random, over_scratch = means["taylor"] - means["random"], means["taylor"] - means["scratch"]
     return (
-        f"Taylor pruning is {'above' if over_random > 0 else 'not above'} random pruning ({over_random:+.2f} points), "
-        f"and {'above' if over_scratch > 0 else 'not above'} its own architecture trained from scratch "
-        f"({over_scratch:+.2f} points), which took {scratch:g} epochs instead of {recovery:g}."
+        f"Taylor pruning is {_beside(record, 'random', 'random pruning')}, and "
+        f"{_beside(record, 'scratch', 'its own architecture trained from scratch')}, which took {scratch:g} epochs "
+        f"instead of {recovery:g}."
     ).replace("-", MINUS)
+
+
+def _beside(record: dict[str, Any], other: str, words: str) -> str:
+    """Return "0.17 points above random pruning (less than the interval)" and the like."""
+    ours, theirs = (record["rows"][name]["test_accuracy"] for name in ("taylor", other))
+    points = round(100 * (ours["mean"] - theirs["mean"]), 2)
+    unsure = abs(points) < 100 * max(ours["half_width"], theirs["half_width"])
+    direction = "above" if points > 0 else "below" if points < 0 else "from"
+    return f"{abs(points):.2f} points {direction} {words}{' (less than the interval)' if unsure else ''}"
 
 
 def demo_page(record: dict[str, Any]) -> Page:

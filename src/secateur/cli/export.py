@@ -43,4 +43,4 @@ def command(
     if as_json:
         print_json({"path": str(artifact.path), "format": artifact.format, "bytes": artifact.bytes})
     else:
-        console.print(f"Wrote {artifact.path} ({artifact.bytes:,} bytes).")
+        console.print(f"Wrote {artifact.path} ({artifact.bytes:,} bytes).", markup=False)

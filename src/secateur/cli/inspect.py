@@ -32,7 +32,7 @@ def command(
         return
     console.print(_axes_table(structure))
     for name in structure.ties:
-        console.print(f"Equally long: {', '.join(name)}")
+        console.print(f"Equally long: {', '.join(name)}", markup=False)
     console.print()
     console.print(_frozen_table(structure, frozen))
     console.print(

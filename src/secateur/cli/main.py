@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from secateur import __version__
 from secateur.cli import demo, export, inspect, methods, prune, train
+from secateur.cli.common import console
 from secateur.errors import SecateurError
 
 app = typer.Typer(
     name="secateur",
     help="Prunes neural networks: physically smaller, proved equal to the masked network, measured in real engines.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -23,6 +27,15 @@ app.command("prune")(prune.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
 app.command("export")(export.command)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        console.print(f"secateur {__version__}", highlight=False)
+        raise typer.Exit
 
 
 def run() -> None:

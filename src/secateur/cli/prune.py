@@ -105,7 +105,7 @@ def command(
     if "test_accuracy" in record:
         accuracy = record["test_accuracy"]
         console.print(f"accuracy    {100 * accuracy['before']:>12.2f} % -> {100 * accuracy['after']:.2f} % (test)")
-    console.print(f"Wrote {out}/model.safetensors, record.json and report.html.")
+    console.print(f"Wrote {out}/model.safetensors, record.json and report.html.", markup=False)
 
 
 def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:

@@ -44,5 +44,6 @@ def command(
     else:
         console.print(
             f"{network} on {task}: test accuracy {100 * record['test_accuracy']:.2f} % after {settings.epochs:g} "
-            f"epochs in {record['seconds']:.0f} s. Wrote {path} and {path.with_suffix('.json').name}."
+            f"epochs in {record['seconds']:.0f} s. Wrote {path} and {path.with_suffix('.json').name}.",
+            markup=False,
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.deploy import onnx
-from secateur.errors import UnknownName
+from secateur.errors import InvalidInputs, UnknownName
 from secateur.optional import optional_import
 from secateur.structure.inputs import Inputs, as_inputs, undisturbed
 
@@ -78,6 +78,7 @@ def measure_latency(
 
     Raises:
         UnknownName: No such engine.
+        InvalidInputs: Fewer than one thread or sample.
         MissingDependency: The engine is not installed.
     """
     return compare_latency({"": model}, example_inputs, engine, threads, batch)[""]
@@ -93,6 +94,9 @@ def compare_latency(
     """Return the time of one call of each model, measured in turn; see `measure_latency`."""
     if engine not in _ENGINES:
         raise UnknownName("engine", engine, _ENGINES)
+    for name, value in (("threads", threads), ("batch", batch)):
+        if value is not None and value < 1:
+            raise InvalidInputs(f"{name} must be at least 1; got {value}.")
     threads = threads or torch.get_num_threads()
     inputs = _with_batch(as_inputs(example_inputs), batch)
     with ExitStack() as stack:

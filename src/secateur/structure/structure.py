@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from secateur.structure.dims import Dim, mask_under, shrunk, size_under
+from secateur.structure.dims import Dim, shrunk, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute
 from secateur.structure.tracer import Site
@@ -122,11 +122,6 @@ class Structure:
     def masks(self, kept: Kept) -> dict[Dim, Tensor]:
         """Return leaf masks for the kept units."""
         return {self.axis(name).leaf: mask for name, mask in kept.items()}
-
-    def tensor_masks(self, name: str, kept: Kept) -> tuple[Tensor, ...]:
-        """Return, for each dim of a tensor, which indices survive."""
-        masks = self.masks(kept)
-        return tuple(mask_under(dim, masks) for dim in self.tensors[name])
 
     # ------------------------------------------------------------------------------------------------- proof
 
