@@ -23,7 +23,7 @@ def test_half_of_the_macs_within_two_percent_proved_and_trainable(name, method):
     model, x = _wider(name, model, x)
     result = sc.prune(model, x, method=method, granularity="channel", budget=sc.Budget(macs=0.5), data=_data(x))
     share = result.after.macs / result.before.macs
-    assert 0.48 <= share <= 0.5, share
+    assert 0.49 <= share <= 0.5, share
     assert result.proofs[-1].ok and result.proofs[-1].max_error < 1e-5
     if name != "vit":  # where no statistic runs over a cut axis, the independent oracle can judge too
         assert oracle_error(model, result.model, result.structure_plan, x) < 1e-10

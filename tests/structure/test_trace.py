@@ -55,7 +55,7 @@ def test_every_toy_is_verified_and_every_cut_is_proved(name):
     ("name", "expected"),
     [
         ("mlp", {"1": 32, "3": 24}),
-        ("squeeze_excite", {"0": 24, "2.reduce": 8, "3": 32, "5.reduce": 8}),
+        ("squeeze_excite", {"0": 48, "2.reduce": 8, "3": 64, "5.reduce": 8}),
         ("grouped", {"0[num_groups]": 4, "0": 3, "0#2": 2, "3": 3, "6": 16}),
     ],
 )

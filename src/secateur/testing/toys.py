@@ -120,15 +120,15 @@ def densenet() -> nn.Module:
 def squeeze_excite() -> nn.Module:
     """A plain network with channel gates."""
     return nn.Sequential(
-        nn.Conv2d(3, 24, 3, padding=1),
+        nn.Conv2d(3, 48, 3, padding=1),
         nn.ReLU(),
-        SqueezeExcite(24, 8),
-        nn.Conv2d(24, 32, 3, 2, 1),
+        SqueezeExcite(48, 8),
+        nn.Conv2d(48, 64, 3, 2, 1),
         nn.ReLU(),
-        SqueezeExcite(32, 8),
+        SqueezeExcite(64, 8),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(32, 10),
+        nn.Linear(64, 10),
     )
 
 
