@@ -122,6 +122,7 @@ def _attention(bound: dict[str, Any], out: Tensor) -> int:
 
 _COUNTERS: dict[str, Callable[[dict[str, Any], Tensor], int]] = {
     "mm": _product("self"),
+    "_grouped_mm": _product("self"),
     "bmm": _product("self"),
     "mv": _product("self"),
     "dot": _product("self"),

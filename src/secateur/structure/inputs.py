@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -60,21 +61,32 @@ def as_inputs(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = No
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; modes, attributes of modules and random states are restored.
 
+    Attributes include hooks, lists and dicts: some libraries install hooks at the first call and note that they did.
     PyTorch's fused attention layers are off meanwhile: they are one opaque operation, and only eval mode takes them.
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    attributes = [(vars(module), _snapshot(vars(module))) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for module, _ in attributes:
-                module.training = False
+            for own, _ in attributes:
+                own["training"] = False
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, before in attributes:
-                vars(module).clear()
-                vars(module).update(before)
+            for own, before in attributes:
+                own.clear()
+                for name, (value, content) in before.items():
+                    own[name] = value
+                    if content is not None:
+                        value.clear()
+                        (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _snapshot(attributes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return each value by name, with a copy of its content if it is a plain container."""
+    containers = (dict, OrderedDict, list, set)
+    return {name: (value, value.copy() if type(value) in containers else None) for name, value in attributes.items()}
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -53,6 +53,19 @@ def baddbmm(call: OpCall) -> None:
     broadcast(call.tracer, [call.out, call["self"]], 3)
 
 
+@rule("_grouped_mm")
+def grouped_mm(call: OpCall) -> None:
+    """Runs of rows, each with a matrix of its own: (m, k) x (groups, k, n) -> (m, n)."""
+    tracer, a, b = call.tracer, call["self"], call["mat2"]
+    if a.dim() != 2 or b.dim() != 3:
+        raise NotImplementedError(f"{a.dim()}-d x {b.dim()}-d")
+    rows, (groups, _, n) = tracer.dims(a)[0], tracer.dims(b)
+    tracer.freeze([rows, groups], "rows are assigned to groups by value")
+    tracer.contract(("self", a, 1), ("mat2", b, 1))
+    tracer.cost(rows, tracer.dims(a)[1], n)
+    tracer.set(call.out, [rows, n])
+
+
 @rule("mv")
 def mv(call: OpCall) -> None:
     """(m, k) x (k)."""
@@ -118,8 +131,9 @@ def attention(call: OpCall) -> None:
         for other in (k[i], v[i]):
             if other.size == q[i].size:
                 tracer.unify(q[i], other)
-            else:
-                tracer.freeze([q[i], other], "attention shares keys and values between heads")
+            else:  # grouped queries: each key and value serves a run of consecutive query heads
+                tracer.unify(q[i], product([other, groups := leaf(q[i].size // other.size)]))
+                tracer.freeze([groups], "query heads of one key")
     tracer.contract(("query", query, query.dim() - 1), ("key", key, key.dim() - 1))
     tracer.unify(k[-2], v[-2])
     tracer.freeze([k[-2]], "attention normalizes over keys")

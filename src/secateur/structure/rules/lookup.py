@@ -48,6 +48,37 @@ def index(call: OpCall) -> None:
     tracer.set(call.out, [*rest[:at], *looked_up, *rest[at:]])
 
 
+@rule("index_put")
+def index_put(call: OpCall) -> None:
+    """Values are written at places that indices name; the other dims are those of the values."""
+    tracer, x, values = call.tracer, call["self"], call["values"]
+    dims, indices = tracer.dims(x), list(call["indices"])
+    tracer.freeze([dims[i] for i, index in enumerate(indices) if index is not None], "looked up by index")
+    free = [d for i, d in enumerate(dims) if i >= len(indices)]
+    for dim, own in zip(reversed(free), reversed(tracer.dims(values)), strict=False):
+        if own.size > 1:
+            tracer.unify(dim, own)
+    tracer.set(call.out, dims)
+
+
+@rule("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+def scatter(call: OpCall) -> None:
+    """Slices are written at places that an index names; the other dims are equal."""
+    tracer, x, position = call.tracer, call["self"], call["dim"] % max(call["self"].dim(), 1)
+    dims = tracer.dims(x)
+    source = next((call.arguments[n] for n in ("src", "source") if isinstance(call.arguments.get(n), Tensor)), None)
+    for tensor in (source, call["index"]):
+        if tensor is None or tensor.dim() != x.dim():
+            continue
+        for i, (a, b) in enumerate(zip(dims, tracer.dims(tensor), strict=True)):
+            if i == position or a.size != b.size:
+                tracer.freeze([a, b], "looked up by index")
+            else:
+                tracer.unify(a, b)
+    tracer.freeze([dims[position]], "looked up by index")
+    tracer.set(call.out, dims)
+
+
 @rule("gather")
 def gather(call: OpCall) -> None:
     """The gathered dim is looked up; the others are those of the index."""

@@ -1,0 +1,106 @@
+"""Runs all networks, each in processes of its own with a time limit, and prints the shares."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import RESULTS
+from benchmarks.coverage.zoo import names
+from secateur.atomic import written_atomically
+from secateur.environment import environment
+
+FOLDER = RESULTS.parent / "coverage"
+STAGES = ("trace", "verify", "prune", "step", "save", "load", "onnx")
+SECONDS = 900
+
+
+def main() -> None:
+    """Run what has no row yet; rows of failures are run again only when asked for by name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", help="a pattern of names, for example timm:*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="run networks that have a row, too")
+    parser.add_argument("--no-onnx", action="store_true", help="leave the second process out")
+    options = parser.parse_args()
+    rows = read()
+    todo = [n for n in names() if fnmatch.fnmatch(n, options.only) and (options.again or n not in rows)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(lambda name: network(name, options.no_onnx), todo):
+            rows[row["name"]] = row
+            write(rows)
+            print(line(row), flush=True)
+    print(summary(rows))
+
+
+def network(name: str, no_onnx: bool) -> dict[str, Any]:
+    """Return the row of one network."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = child("run", name, folder)
+        if row["stages"].get("save") and not no_onnx:
+            second = child("again", name, folder)
+            row["stages"] |= second["stages"]
+            row["seconds"] |= second["seconds"]
+            row["failed"] = second["failed"]
+    return row
+
+
+def child(mode: str, name: str, folder: str) -> dict[str, Any]:
+    """Return what a process of `one` reports."""
+    row: dict[str, Any] = {"name": name, "stages": {}, "seconds": {}}
+    command = [sys.executable, "-m", "benchmarks.coverage.one", mode, name, folder]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {**row, "failed": f"{mode}: not done in {SECONDS} s"}
+    if done.returncode != 0:
+        return {**row, "failed": f"{mode}: exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """Return the rows that exist, by name."""
+    path = FOLDER / "rows.json"
+    return {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+
+def write(rows: dict[str, dict[str, Any]]) -> None:
+    """Write all rows, in the order of the names."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    ordered = [rows[name] for name in sorted(rows)]
+    with written_atomically(FOLDER / "rows.json") as temporary:
+        temporary.write_text(json.dumps({"environment": environment(), "rows": ordered}, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row in one line."""
+    marks = "".join("x" if row["stages"].get(stage) else "." for stage in STAGES)
+    return (
+        f"{row['name']:45} {marks} share {row.get('prunable_share', 0):.3f} macs {row.get('macs', 0):.3f} "
+        f"{sum(row['seconds'].values()):6.1f} s  {row['failed'][:200]} {row.get('unproved') or ''}"
+    )
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> str:
+    """Return, for each library, the share of networks that pass each stage and the median prunable share."""
+    text = [f"{'':14}{'networks':>9}" + "".join(f"{stage:>8}" for stage in STAGES) + f"{'prunable':>10}"]
+    for library in ("timm", "torchvision", "hf"):
+        own = [row for name, row in rows.items() if name.startswith(f"{library}:")]
+        if not own:
+            continue
+        passed = [sum(bool(row["stages"].get(stage)) for row in own) / len(own) for stage in STAGES]
+        free = sorted(row.get("prunable_share", 0.0) for row in own)[len(own) // 2]
+        text.append(f"{library:14}{len(own):9}" + "".join(f"{100 * p:7.0f}%" for p in passed) + f"{100 * free:9.1f}%")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
