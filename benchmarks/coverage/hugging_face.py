@@ -158,7 +158,11 @@ TYPES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
         "image",
     ),
-    "convnext": ("AutoModelForImageClassification", {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}, "image"),
+    "convnext": (
+        "AutoModelForImageClassification",
+        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2},
+        "image",
+    ),
     "resnet": (
         "AutoModelForImageClassification",
         {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},

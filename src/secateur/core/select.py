@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -71,7 +72,12 @@ def select(priorities: Scores, cost: Cost, target: float, limits: Limits | None 
 
 def fewest(sizes: Mapping[str, int], limits: Limits) -> dict[str, int]:
     """Return how many units of each group stay in the smallest network that the limits allow."""
-    return {group: _floor(n, limits) for group, n in sizes.items()}
+    counts = {}
+    for groups in _classes(sizes, limits):
+        for group in groups:
+            step = limits.steps.get(group, 1)
+            counts[group] = step * _floor(sizes[group] // step, *_in_events(groups, limits))
+    return counts
 
 
 def _give_back(cost: Cost, target: float, exits: _Exits, steps: int, counts: dict[str, int]) -> dict[str, int]:
@@ -84,7 +90,8 @@ def _give_back(cost: Cost, target: float, exits: _Exits, steps: int, counts: dic
     heapq.heapify(latest)
     while latest:
         event, i = heapq.heappop(latest)
-        more = {group: counts[group] + int(exits.amount[-event]) for group in exits.classes[i]}
+        amount = int(exits.amount[-event])
+        more = {group: counts[group] + amount * exits.steps.get(group, 1) for group in exits.classes[i]}
         if cost({**counts, **more}) > target:
             continue  # nor will the units of this class that left before it, which are worth less and cost as much
         counts = {**counts, **more}
@@ -102,6 +109,7 @@ class _Exits:
     class_index: Tensor
     amount: Tensor
     priority: Tensor
+    steps: Mapping[str, int]
 
 
 class _Counts:
@@ -115,7 +123,9 @@ class _Counts:
             self.exits.class_index[:n], weights=self.exits.amount[:n].double(), minlength=len(self.exits.classes)
         )
         return {
-            group: self.sizes[group] - int(gone[i]) for i, groups in enumerate(self.exits.classes) for group in groups
+            group: self.sizes[group] - int(gone[i]) * self.exits.steps.get(group, 1)
+            for i, groups in enumerate(self.exits.classes)
+            for group in groups
         }
 
     def __len__(self) -> int:
@@ -135,15 +145,12 @@ def _fewest_exits(cost: Cost, counts_after: _Counts, target: float) -> int:
 
 
 def _exits(priorities: Scores, limits: Limits) -> _Exits:
-    tied = {group for tie in limits.ties for group in tie}
-    classes = [*((group,) for group in priorities if group not in tied), *limits.ties]
-    order = {group: i for i, group in enumerate(priorities)}
-    classes.sort(key=lambda groups: order[groups[0]])
+    classes = _classes(priorities, limits)
     keys, indices, amounts = [], [], []
     for i, groups in enumerate(classes):
-        # Tied groups lose their r-th worst unit together, so its priority is the mean of theirs.
-        worst_first = torch.stack([priorities[g].flatten().double().sort().values for g in groups]).mean(0)
-        key, amount = _chunks(worst_first, limits)
+        # Tied groups lose their r-th worst units together, so the priority is the mean of theirs.
+        worst_first = torch.stack([_in_steps(priorities[g], limits.steps.get(g, 1)) for g in groups]).mean(0)
+        key, amount = _chunks(worst_first, *_in_events(groups, limits))
         keys.append(key)
         amounts.append(amount)
         indices.append(torch.full((key.numel(),), i))
@@ -151,7 +158,29 @@ def _exits(priorities: Scores, limits: Limits) -> _Exits:
     # Stable on the reversed list: among equal priorities the last unit leaves first.
     order_of_exit = (key.numel() - 1) - key.flip(0).sort(stable=True).indices
     # Within one class events must keep their own order; reversing equal ones is harmless only for equal amounts.
-    return _Exits(classes, index[order_of_exit], _amounts_in_order(index[order_of_exit], amounts), key[order_of_exit])
+    amount = _amounts_in_order(index[order_of_exit], amounts)
+    return _Exits(classes, index[order_of_exit], amount, key[order_of_exit], limits.steps)
+
+
+def _classes(groups: Iterable[str], limits: Limits) -> list[tuple[str, ...]]:
+    """Return the groups that lose units together as one tuple each, in the order of their first members."""
+    order = {group: i for i, group in enumerate(groups)}
+    tied = {group for tie in limits.ties for group in tie}
+    return sorted([*((g,) for g in order if g not in tied), *limits.ties], key=lambda members: order[members[0]])
+
+
+def _in_steps(values: Tensor, step: int) -> Tensor:
+    """Return the mean priority of each step's units, worst step first."""
+    return values.flatten().double().sort().values.view(-1, step).mean(1)
+
+
+def _in_events(groups: tuple[str, ...], limits: Limits) -> tuple[int, int]:
+    """Return the minimum and the multiple of a class, counted in steps; wide members alone are rounded, not heads."""
+    steps = [limits.steps.get(group, 1) for group in groups]
+    wide = [step for step in steps if step > 1] or [1]
+    return max(-(-limits.minimum // step) for step in steps), max(
+        limits.multiple // gcd(limits.multiple, step) for step in wide
+    )
 
 
 def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
@@ -162,10 +191,10 @@ def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
     return result
 
 
-def _chunks(worst_first: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+def _chunks(worst_first: Tensor, minimum: int, multiple: int) -> tuple[Tensor, Tensor]:
     """Return priority and size of each chunk that may leave: the mean of its units; the first one makes counts even."""
-    n, multiple = worst_first.numel(), limits.multiple
-    removable = n - _floor(n, limits)
+    n = worst_first.numel()
+    removable = n - _floor(n, minimum, multiple)
     first = removable % multiple
     sizes = ([first] if first else []) + [multiple] * (removable // multiple)
     if multiple == 1:
@@ -176,9 +205,8 @@ def _chunks(worst_first: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     return means, torch.tensor(sizes)
 
 
-def _floor(n: int, limits: Limits) -> int:
-    multiple = limits.multiple
-    least = limits.minimum if multiple == 1 else max(limits.minimum, multiple)
+def _floor(n: int, minimum: int, multiple: int) -> int:
+    least = minimum if multiple == 1 else max(minimum, multiple)
     return min(n, -(-least // multiple) * multiple)
 
 

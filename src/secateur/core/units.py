@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,12 +46,15 @@ class Limits:
     Attributes:
         minimum: Fewest units that stay in each group.
         multiple: Counts are multiples of this (for hardware that likes them), or the whole group.
-        ties: Groups that must keep equally many units.
+        ties: Groups that lose units together.
+        steps: How many units such a group loses at a time, if not one: an axis that is as long as heads x head_dim
+            loses head_dim units with each head.
     """
 
     minimum: int = 0
     multiple: int = 1
     ties: tuple[tuple[str, ...], ...] = ()
+    steps: Mapping[str, int] = field(default_factory=dict)
 
 
 class Units(ABC):

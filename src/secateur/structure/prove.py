@@ -106,7 +106,7 @@ def _half(structure: Structure, names: list[str], seed: int) -> dict[str, torch.
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for name in names:
-        size = structure.axis(name).size
+        size, step = structure.axis(name).size, structure.steps.get(name, 1)
         kept[name] = torch.zeros(size, dtype=torch.bool)
-        kept[name][torch.randperm(size, generator=generator)[: max(1, size // 2)]] = True
+        kept[name][torch.randperm(size, generator=generator)[: step * max(1, size // step // 2)]] = True
     return kept

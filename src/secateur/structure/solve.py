@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from math import gcd
 
 from torch import nn
 
@@ -23,10 +24,11 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
     path = [i for i, name in enumerate(tracer.operations) if name in consuming]
     parameters = frozenset(name for name, _ in model.named_parameters())
     axes = _axes(tensors, parameters, attributes)
-    tied = (tuple(axis.name for axis in axes if axis.prunable and axis.leaf in members) for members in ties)
+    tied = [{axis.name: r[axis.leaf] for axis in axes if axis.prunable and axis.leaf in r} for r in ties]
     return Structure(
         axes=axes,
-        ties=tuple(names for names in tied if len(names) > 1),
+        ties=tuple(tuple(rates) for rates in tied if len(rates) > 1),
+        steps={name: rate for rates in tied for name, rate in rates.items() if rate > 1},
         tensors={name: tuple(dims) for name, dims in tensors.items()},
         attributes=attributes,
         path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
@@ -41,40 +43,81 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
 
 
 class _Ties:
-    """Classes of axes that must keep equally many units; one frozen member freezes all."""
+    """Classes of axes that lose units together; one frozen member freezes all."""
 
     def __init__(self) -> None:
-        self._class_of: dict[Dim, set[Dim]] = {}
+        self._class_of: dict[Dim, dict[Dim, int]] = {}
 
     def add(self, a: Dim, b: Dim, where: str) -> None:
         """Say that two dims must stay equally long."""
-        left, right = list(leaves(a)), list(leaves(b))
-        if [x for x in left if x.size > 1] == [x for x in right if x.size > 1] and _shape(a) == _shape(b):
+        left, right = _wide_leaves(a), _wide_leaves(b)
+        if left == right and _shape(a) == _shape(b):
             return
-        if len(left) == len(right) == 1:
-            merged = self.of(left[0]) | self.of(right[0])
-            for member in merged:
-                self._class_of[member] = merged
-            return
+        if len(left) == len(right) and (len(left) == 1 or {a.find().op, b.find().op} == {"*"}):
+            if [x.size for x in left] == [x.size for x in right]:
+                for x, y in zip(left, right, strict=True):
+                    self._join({x: 1}, {y: 1})
+                return
+        for single, many in ((left, b), (right, a)):
+            if len(single) == 1 and many.find().op == "*" and single[0] not in _wide_leaves(many):
+                return self._follow(single[0], _wide_leaves(many), where)
         freeze(a, f"must stay as long as another dim ({where})")
         freeze(b, f"must stay as long as another dim ({where})")
 
-    def of(self, leaf: Dim) -> set[Dim]:
-        """Return the class of a leaf, itself included."""
-        return self._class_of.get(leaf, {leaf})
+    def _follow(self, axis: Dim, parts: list[Dim], where: str) -> None:
+        """Let an axis be as long as a product: one factor varies (the heads), the others keep their size."""
+        varies = next((part for part in parts if not part.reasons), parts[0])
+        for part in parts:
+            if part is not varies:
+                freeze(part, f"a width must stay a multiple of it ({where})")
+        self._join({axis: axis.size // varies.size}, {varies: 1})
+
+    def _join(self, a: dict[Dim, int], b: dict[Dim, int]) -> None:
+        """Merge the classes of two axes that lose units at these rates."""
+        (x, x_rate), (y, y_rate) = *a.items(), *b.items()
+        left, right = self.of(x), self.of(y)
+        if left is right:
+            if left[x] * y_rate != left[y] * x_rate:
+                for member in left:
+                    freeze(member, "its size would have to follow others at two rates")
+            return
+        # Scale both classes so that x and y lose units at the given rates.
+        up, down = right[y] * x_rate, left[x] * y_rate
+        common = gcd(up, down)
+        merged = {n: r * up // common for n, r in left.items()} | {n: r * down // common for n, r in right.items()}
+        for member in merged:
+            self._class_of[member] = merged
+
+    def of(self, leaf: Dim) -> dict[Dim, int]:
+        """Return the class of a leaf, itself included: how many units each member loses at a time."""
+        return self._class_of.get(leaf, {leaf: 1})
+
+    def events(self, leaf: Dim) -> int:
+        """Return how many times the class of a leaf can lose units, if the last units could go too."""
+        return min(member.size // rate for member, rate in self.of(leaf).items())
+
+    def after(self, leaf: Dim, events: int) -> dict[Dim, int]:
+        """Return the sizes of the class of a leaf after so many losses."""
+        return {member: member.size - rate * events for member, rate in self.of(leaf).items()}
 
     def spread_freezes(self) -> None:
-        """Freeze every member of a class in which one is frozen."""
+        """Freeze every member of a class in which one is frozen, or that has nothing to lose."""
         for members in self._class_of.values():
             reasons = [reason for member in members for reason in member.reasons]
+            if not reasons and self.events(next(iter(members))) < 2:
+                reasons = ["one unit"]
             if reasons:
                 for member in members:
                     freeze(member, f"must stay as long as an axis that is frozen: {reasons[0]}")
 
-    def classes(self) -> list[set[Dim]]:
+    def classes(self) -> list[dict[Dim, int]]:
         """Return each class once."""
         unique = {id(members): members for members in self._class_of.values()}
         return [members for members in unique.values() if len(members) > 1]
+
+
+def _wide_leaves(dim: Dim) -> list[Dim]:
+    return [node for node in leaves(dim) if node.size > 1]
 
 
 def _shape(dim: Dim) -> str:
@@ -82,7 +125,7 @@ def _shape(dim: Dim) -> str:
     return dim.op + "".join(f"({_shape(p)})" for p in dim.parts)
 
 
-def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim], list[set[Dim]]]:
+def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim], list[dict[Dim, int]]]:
     attributes: dict[Attribute, Dim] = {}
     ties = _Ties()
     values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
@@ -136,13 +179,16 @@ def _check(
     free = list(dict.fromkeys(free))
     reason = f"the code computes a size that would not follow ({constraint.where})"
     for node in free:
-        trials = {max(1, node.size // 2), node.size - 1}
-        if not all(_holds(constraint, dict.fromkeys(ties.of(node), s), attributes, values) for s in trials):
+        n = ties.events(node)
+        trials = {n // 2, 1} if n > 1 else set()
+        if not all(_holds(constraint, ties.after(node, lost), attributes, values) for lost in trials):
             freeze(node, reason)
     generator = random.Random(0)
     for _ in range(4):
-        sizes = {n: generator.randint(1, n.size) for n in free if not n.reasons}
-        sizes = {m: s for n, s in sizes.items() for m in ties.of(n)}
+        sizes: dict[Dim, int] = {}
+        for node in free:
+            if not node.reasons and node not in sizes:
+                sizes |= ties.after(node, generator.randrange(ties.events(node)))
         if not _holds(constraint, sizes, attributes, values):
             for node in free:
                 freeze(node, reason)

@@ -46,7 +46,8 @@ class Structure:
 
     Attributes:
         axes: All axes that parameters have, frozen ones included.
-        ties: Names of axes that must keep equally many units.
+        ties: Names of axes that lose units together.
+        steps: How many units such an axis loses at a time, if not one.
         tensors: The dims of every parameter and buffer.
         attributes: Integer attributes that are the size of a dim.
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
@@ -57,6 +58,7 @@ class Structure:
 
     axes: tuple[Axis, ...]
     ties: tuple[tuple[str, ...], ...]
+    steps: Mapping[str, int]
     tensors: Mapping[str, tuple[Dim, ...]]
     attributes: Mapping[Attribute, Dim]
     path: tuple[tuple[str, tuple[Site, ...]], ...]

@@ -21,7 +21,7 @@ from secateur.structure.inputs import call_with_state, relative_error, state_of,
 if TYPE_CHECKING:
     from secateur.structure.structure import Structure
 
-PERMUTATION_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+PERMUTATION_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class ChannelUnits(Units):
         self.model = model
         self.inputs = inputs
         self.dense_structure = self.structure = _in_scope(proved_structure(model, inputs), scope)
-        self.limits = Limits(minimum, round_to, self.structure.ties)
+        self.limits = Limits(minimum, round_to, self.structure.ties, self.structure.steps)
         self.proofs: list[Verification] = []
         self._kept = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in self.structure.prunable}
 

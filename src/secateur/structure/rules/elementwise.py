@@ -56,6 +56,15 @@ def same_dims(call: OpCall) -> None:
         call.tracer.follow(tensor, source, call.tracer.dims(source))
 
 
+@rule("as_strided")
+def restrided(call: OpCall) -> None:
+    """PyTorch's own global pooling sets strides of dims of size 1, and keeps the shape; anything else is unknown."""
+    function = call.tracer.call
+    if function is None or not function.name.startswith("adaptive_avg_pool"):
+        raise NotImplementedError("free strides")
+    call.tracer.set(call.out, call.tracer.dims(call["self"]))
+
+
 @rule("copy")
 def copy_into(call: OpCall) -> None:
     """Unify the source with the tensor it is written into."""
