@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,3 +159,15 @@ def test_select_equals_removing_units_one_by_one_and_giving_back_what_fits(group
         alive.add((g, i))
     kept = select(priorities, cost, target, Limits(minimum))
     assert {(g, i) for g, mask in kept.items() for i in mask.nonzero().flatten().tolist()} == alive
+
+
+def test_groups_lose_units_at_their_own_rates():
+    limits = Limits(1, ties=(("width", "heads"),), steps={"width": 4})
+    priorities = scores(width=[8, 7, 6, 5, 4, 3, 2, 1, 9, 9, 9, 9], heads=[5, 9, 1])
+    cost = LinearCost({"width": 1, "heads": 1})
+    kept = select(priorities, cost, 10, limits)
+    assert lists(kept) == {"width": [1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1], "heads": [1, 1, 0]}
+    assert lists(select(priorities, cost, 9, limits)) == {"width": [0] * 8 + [1] * 4, "heads": [0, 1, 0]}
+    assert fewest({"width": 12, "heads": 3}, limits) == {"width": 4, "heads": 1}
+    rounded = dataclasses.replace(limits, multiple=8)
+    assert fewest({"width": 12, "heads": 3}, rounded) == {"width": 8, "heads": 2}

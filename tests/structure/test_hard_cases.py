@@ -179,13 +179,18 @@ def test_axes_may_shrink_to_one_unit_before_the_last_round():
             sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.2), schedule=schedule)
 
 
-@pytest.mark.parametrize("forward", [lambda self, x: self.a(x).log(), lambda self, x: F.dropout(self.a(x), 0.5, True)])
-def test_models_whose_output_cannot_be_repeated_are_named_as_such(forward):
-    model = Model(lambda self, x: forward(self, self.b(x)), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
+def test_models_whose_output_is_not_finite_are_named_as_such():
+    model = Model(lambda self, x: self.a(self.b(x)).log(), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
     verification = sc.trace(model, torch.randn(2, 6)).verify(model)
     assert not verification.ok and "random, not finite" in verification.reason
     with pytest.raises(NothingPrunable, match="random, not finite"):
         half(model, torch.randn(2, 6))
+
+
+def test_random_numbers_along_an_axis_freeze_it():
+    model = Model(lambda self, x: self.a(F.dropout(self.b(x), 0.5, True)), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
+    verification = sc.trace(model, torch.randn(2, 6)).verify(model)
+    assert not verification.ok and verification.failed == ("b",)
 
 
 class FirstLayerIsWorst(Criterion):
@@ -303,3 +308,96 @@ def test_spatial_dims_that_a_kernel_mixes_are_frozen():
     )
     structure = sc.trace(model, torch.randn(2, 6))
     assert structure.verify(model).ok and free(structure) == {"c": 4}
+
+
+class Attention(nn.Module):
+    """As image models write it: the result is reshaped to the shape of the input, so width = heads x head_dim."""
+
+    def __init__(self, width, heads, computed_head_dim):
+        super().__init__()
+        self.heads, self.head_dim, self.computed = heads, width // heads, computed_head_dim
+        self.scale = self.head_dim**-0.5
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        head_dim = C // self.heads if self.computed else self.head_dim
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, C))
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_width_that_is_heads_times_head_dim_loses_whole_heads(computed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 48), Attention(48, 6, computed), nn.Linear(48, 3)).eval()
+    x = torch.randn(2, 5, 6)
+    structure = proved_structure(model, x)
+    (tie,) = structure.ties
+    assert structure.steps == {"0": 8} and structure.axis("0").size == 48 and len(tie) == 2
+    pruned = half(model, x)
+    heads = pruned.model[1].heads
+    assert 1 <= heads < 6 and pruned.model[0].out_features == 8 * heads and pruned.model[1].scale == model[1].scale
+    assert pruned.after.macs <= 0.5 * pruned.before.macs and pruned.model(x).shape == (2, 5, 3)
+
+
+def test_grouped_queries_are_cut_with_their_key():
+    def forward(self, x):
+        B, L, _ = x.shape
+        q = self.q(x).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k, v = (layer(x).view(B, L, -1, self.head_dim).transpose(1, 2) for layer in (self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+        return self.o(y.transpose(1, 2).reshape(B, L, -1))
+
+    layers = {"q": nn.Linear(6, 64), "k": nn.Linear(6, 16), "v": nn.Linear(6, 16), "o": nn.Linear(64, 3)}
+    model = Model(forward, **layers)
+    model.head_dim = 4
+    structure = proved_structure(model.eval(), torch.randn(2, 5, 6))
+    kv = next(a for a in structure.prunable if {name for name, _ in a.members} >= {"q.weight", "k.weight", "v.weight"})
+    assert kv.size == 4 or kv.size == model.head_dim
+    assert any("query heads of one key" in axis.reason for axis in structure.axes)
+    pruned = half(model, torch.randn(2, 5, 6)).model
+    assert pruned.q.out_features % pruned.k.out_features == 0
+
+
+def test_models_that_install_hooks_or_fill_caches_at_the_first_call():
+    def forward(self, x):
+        if not self.installed:
+            self.installed = True
+            self.a.register_forward_hook(lambda module, args, output: self.log.append(output) or output)
+        if "table" not in self.cache:
+            self.cache["table"] = self.table * 2
+        return self.b(self.a(x) + self.cache["table"])
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.installed, model.cache, model.log, model.table = False, {}, [], nn.Parameter(torch.ones(16))
+    structure = sc.trace(model, torch.randn(2, 6))
+    assert not (model.installed or model.cache or model.log or model.a._forward_hooks)
+    assert structure.verify(model).ok and free(structure) == {"table": 16}
+
+
+def test_channels_last_pooling_keeps_its_dims():
+    layers = nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert free(proved_structure(model.eval(), x)) == {"0": 16}
+
+
+def test_experts_lose_hidden_units_and_scattered_rows_keep_their_width():
+    def forward(self, x):
+        weight, chosen = self.router(x).softmax(-1).topk(1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen[:, 0] == i).nonzero()[:, 0]
+            y = y.index_add(0, rows, expert(x[rows]) * weight[rows])
+        return self.head(y)
+
+    def expert():
+        return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+    torch.manual_seed(0)
+    model = Model(forward, router=nn.Linear(8, 2), experts=nn.ModuleList([expert(), expert()]), head=nn.Linear(8, 3))
+    structure = sc.trace(model.eval(), torch.randn(16, 8))
+    assert structure.verify(model).ok
+    assert free(structure) == {"experts.0.0": 12, "experts.1.0": 12}
+    assert "topk depends on the order" in structure.axis("router").reason

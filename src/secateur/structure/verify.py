@@ -95,13 +95,14 @@ def _permutation_error(
     generator = torch.Generator().manual_seed(seed)
     orders = {structure.axis(n).leaf: torch.randperm(structure.axis(n).size, generator=generator) for n in names}
     inputs = structure.inputs.to(dtype)
-    with undisturbed(model):
-        state = redraw(model, structure, dtype, seed)
-        try:
+    try:
+        with undisturbed(model):
+            state = redraw(model, structure, dtype, seed)
             expected = call_with_state(model, {n: t.clone() for n, t in state.items()}, inputs)
+        with undisturbed(model):  # anew, because some models cache what they derive from parameters
             found = call_with_state(model, _permute(state, structure, orders), inputs)
-        except InvalidInputs:  # code that insists on one dtype
-            return float("inf")
+    except InvalidInputs:  # code that insists on one dtype
+        return float("inf")
     return relative_error(found, expected)
 
 
