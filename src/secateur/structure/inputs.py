@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +68,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     attributes = [(vars(module), _snapshot(vars(module))) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
+    numpy = sys.modules.get("numpy")  # some models draw masks from it
+    drawn = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -74,6 +78,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
             for own, before in attributes:
                 own.clear()
                 for name, (value, content) in before.items():

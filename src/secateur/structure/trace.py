@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import InvalidInputs
 from secateur.structure.calls import FunctionCall, implicitly_read, value_arguments
 from secateur.structure.dims import freeze, product
-from secateur.structure.inputs import as_inputs, call_with_state, output_tensors, state_of, undisturbed
+from secateur.structure.inputs import Inputs, as_inputs, call_with_state, output_tensors, state_of, undisturbed
 from secateur.structure.operations import bind, operation_name
 from secateur.structure.provenance import TracedInt, traced_attributes
 from secateur.structure.rules import apply_rule
@@ -56,6 +56,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
             output = call_with_state(model, state, inputs)
         results = output_tensors(output)
+        if dict(model.named_parameters()).keys() - tracer.used:
+            results += _trace_training(model, tracer, state, inputs)
         if not results:
             raise InvalidInputs(
                 f"The model's output ({type(output).__name__}) holds no tensor that secateur can find, so no cut could "
@@ -68,6 +70,21 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
             for dim in tensors[name]:
                 freeze(dim, "not used in the traced call")
     return solve(model, tracer, tensors, inputs)
+
+
+def _trace_training(model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """Let a run in training mode speak too, and return its outputs: auxiliary heads and mask tokens work only there.
+
+    What such a run computes is neither a cost nor a place where units are consumed; if it fails, it says nothing.
+    """
+    listener = tracer.in_training()
+    with undisturbed(model):
+        model.train()
+        try:
+            with _followed(model, listener), _FunctionMode(listener), _OperationMode(listener):
+                return output_tensors(call_with_state(model, state, inputs))
+        except InvalidInputs:
+            return []
 
 
 class _OperationMode(TorchDispatchMode):

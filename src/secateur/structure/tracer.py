@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,20 @@ class Tracer:
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    training: bool = False
+
+    def in_training(self) -> Tracer:
+        """Return a tracer for a second run: it adds equations and uses, but no operations, costs or consumers."""
+        return replace(
+            self,
+            operations=[],
+            sites=defaultdict(list),
+            multiply_adds=[],
+            consumers=defaultdict(list),
+            calls=[],
+            modules=[],
+            training=True,
+        )
 
     # ------------------------------------------------------------------------------------------ where we are
 
