@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks import RESULTS
@@ -32,7 +32,8 @@ def main() -> None:
     rows = read()
     todo = [n for n in names() if fnmatch.fnmatch(n, options.only) and (options.again or n not in rows)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda name: network(name, options.no_onnx), todo):
+        for future in as_completed([pool.submit(network, name, options.no_onnx) for name in todo]):
+            row = future.result()
             rows[row["name"]] = row
             write(rows)
             print(line(row), flush=True)

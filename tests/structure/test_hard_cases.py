@@ -430,3 +430,20 @@ def test_parts_that_work_in_training_only_follow_the_cut():
     assert {name for name, _ in axis.members} == {"a.weight", "a.bias", "b.weight", "auxiliary.weight", "token"}
     pruned = half(model, x).model
     assert pruned.train()(x).shape == (4, 3) and pruned.auxiliary.in_features == 8 == len(pruned.token)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one", "two, both ways"])
+def test_recurrent_layers_lose_hidden_units(layer, options):
+    torch.manual_seed(0)
+    width = 32 if options else 16
+    recurrent = layer(8, 16, batch_first=True, **options)
+    model = Model(lambda self, x: self.o(self.r(self.i(x))[0]), i=nn.Linear(6, 8), r=recurrent, o=nn.Linear(width, 3))
+    x = torch.randn(3, 5, 6)
+    assert sc.trace(model.eval(), x).macs({}) == sc.profile(model, x).macs
+    pruned = half(model, x)
+    small = pruned.model.r
+    assert sorted(axis.size for axis in pruned.structure.prunable) == [8, 16] and small.hidden_size < 16
+    assert small.weight_hh_l0.shape[1] == small.hidden_size and small.weight_ih_l0.shape[1] == small.input_size
+    pruned.model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in pruned.model.parameters())

@@ -120,6 +120,11 @@ def _attention(bound: dict[str, Any], out: Tensor) -> int:
     return int(scores * (query.shape[-1] + value.shape[-1]))
 
 
+def _lstm_layer(bound: dict[str, Any], out: Tensor) -> int:
+    rows = bound["input"].shape[0] * bound["input"].shape[1]
+    return int(rows * (bound["weight0"].numel() + bound["weight1"].numel()))
+
+
 _COUNTERS: dict[str, Callable[[dict[str, Any], Tensor], int]] = {
     "mm": _product("self"),
     "_grouped_mm": _product("self"),
@@ -129,6 +134,7 @@ _COUNTERS: dict[str, Callable[[dict[str, Any], Tensor], int]] = {
     "addmm": _product("mat1"),
     "baddbmm": _product("batch1"),
     "convolution": _convolution,
+    "mkldnn_rnn_layer": _lstm_layer,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,

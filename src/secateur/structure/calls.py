@@ -113,6 +113,8 @@ def split_sizes(call: FunctionCall | None, lengths: Sequence[int]) -> Sizes | No
         return list(lengths)
     if call.name in ("chunk", "tensor_split") and isinstance(call.argument(1, "chunks", "indices_or_sections"), int):
         return None
+    if call.name in _COMPUTED:  # the gates of a recurrent layer
+        return None
     if call.name in ("split", "split_with_sizes"):
         asked = call.argument(1, "split_size_or_sections", "split_size", "split_sizes")
         if isinstance(asked, int):

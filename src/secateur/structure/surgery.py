@@ -31,6 +31,8 @@ _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.modules.batchnorm._NormBase, "num_features", "weight", 0),
     (nn.GroupNorm, "num_channels", "weight", 0),
     (nn.PReLU, "num_parameters", "weight", 0),
+    (nn.RNNBase, "input_size", "weight_ih_l0", 1),
+    (nn.RNNBase, "hidden_size", "weight_hh_l0", 1),
 )
 
 
