@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.coverage.hugging_face import TYPES, build_type
 
 TIMM = json.loads((Path(__file__).parent / "timm.json").read_text(encoding="utf-8"))
-"""Module family -> (its smallest network, input shape)."""
+"""Module family -> (its smallest network, input shape), cheapest first."""
 
 TORCHVISION_SIZES = {"inception_v3": 299}
 SMALL_TORCHVISION_INPUT = 128

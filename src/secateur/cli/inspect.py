@@ -31,8 +31,9 @@ def command(
         print_json(_as_dict(structure, verification.max_error))
         return
     console.print(_axes_table(structure))
-    for name in structure.ties:
-        console.print(f"Equally long: {', '.join(name)}", markup=False)
+    for tie in structure.ties:
+        names = (f"{name} ({structure.steps[name]} at a time)" if name in structure.steps else name for name in tie)
+        console.print(f"Lose units together: {', '.join(names)}", markup=False)
     console.print()
     console.print(_frozen_table(structure, frozen))
     console.print(
@@ -110,7 +111,7 @@ def _as_dict(structure: Structure, error: float) -> dict[str, Any]:
             }
             for axis in structure.axes
         ],
-        "ties": [list(tie) for tie in structure.ties],
+        "ties": [{name: structure.steps.get(name, 1) for name in tie} for tie in structure.ties],
         "permutation_error": error,
         "macs": structure.macs({}),
         "params": structure.params({}),
