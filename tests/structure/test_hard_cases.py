@@ -447,3 +447,22 @@ def test_recurrent_layers_lose_hidden_units(layer, options):
     assert small.weight_hh_l0.shape[1] == small.hidden_size and small.weight_ih_l0.shape[1] == small.input_size
     pruned.model.train()(x).sum().backward()
     assert all(p.grad is not None for p in pruned.model.parameters())
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """As in NFNets: kernels are standardized over their inputs at every call."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_standardized_weights():
+    torch.manual_seed(0)
+    first, second = StandardizedConv2d(3, 16, 3), StandardizedConv2d(16, 12, 3)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
+    x = torch.randn(2, 3, 8, 8)
+    assert free(proved_structure(model.eval(), x)) == {"0": 16, "2": 12}
+    pruned = half(model, x)
+    assert pruned.model[0].out_channels < 16 and pruned.proofs[-1].max_error < 1e-5

@@ -119,6 +119,17 @@ def _layer_norm(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor, Te
     return (y if bias is None else y + bias), mean, scale
 
 
+def _batch_norm(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+    x = bound["input"]
+    mean, variance, _ = _restricted_moments(x, masks, [i for i in range(x.dim()) if i != 1])
+    scale = (variance + bound["eps"]).rsqrt()
+    y = (x - mean) * scale
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = y if bound["weight"] is None else y * bound["weight"].view(shape)
+    y = y if bound["bias"] is None else y + bound["bias"].view(shape)
+    return y, mean.flatten(), scale.flatten()
+
+
 def _rms_norm(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor]:
     x, weight = bound["input"], bound["weight"]
     positions = list(range(x.dim() - len(bound["normalized_shape"]), x.dim()))
@@ -172,6 +183,8 @@ def _variance(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor]:
 _REFERENCES: dict[str, Reference] = {
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _rms_norm,
+    "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit": _batch_norm,
     "native_group_norm": _group_norm,
     "mean": _mean,
     "var": lambda bound, masks: _variance(bound, masks)[0],

@@ -30,6 +30,8 @@ def batch_norm(call: OpCall) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.arguments.get(name) is not None:
             tracer.unify(tracer.dims(call[name])[0], channels)
+    if call.arguments.get("training"):  # standardized weights are normalized by this operation, too
+        tracer.consume("input", x, [i for i in range(x.dim()) if i != 1])
     _set_first(call, x)
 
 
