@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.coverage.table import shares
+
 import secateur as sc
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
 from secateur.bench.statistics import interval
@@ -101,6 +103,16 @@ def oracle_table() -> str:
     return f"{markdown_table(('axis', *splits), rows)}\n\n{machine(record)}"
 
 
+def coverage_table() -> str:
+    """Return how many networks of each library pass each stage, and which fail and why."""
+    rows = read("coverage/rows.json")["rows"]
+    table = shares(rows)
+    head = ("library", *next(iter(table.values())))
+    text = markdown_table(head, [(library, *cells.values()) for library, cells in table.items()])
+    failed = [f"- `{row['name']}`: {row['failed'][:160]}" for row in rows if row["failed"]]
+    return "\n".join([text, "", f"{len(failed)} failures:" if failed else "No failures.", "", *failed]).strip()
+
+
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
@@ -133,6 +145,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "criteria": criteria_table,
     "oracle": oracle_table,
     "benchmarks": benchmark_lines,
+    "coverage": coverage_table,
 }
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks import RESULTS
+from benchmarks.coverage.table import line, shares
 from benchmarks.coverage.zoo import names
 from secateur.atomic import written_atomically
 from secateur.environment import environment
 
 FOLDER = RESULTS.parent / "coverage"
-STAGES = ("trace", "verify", "prune", "step", "save", "load", "onnx")
 SECONDS = 900
 
 
@@ -37,7 +37,8 @@ def main() -> None:
             rows[row["name"]] = row
             write(rows)
             print(line(row), flush=True)
-    print(summary(rows))
+    for library, cells in shares(rows.values()).items():
+        print(f"{library:14}" + "  ".join(f"{name} {value}" for name, value in cells.items()))
 
 
 def network(name: str, no_onnx: bool) -> dict[str, Any]:
@@ -78,28 +79,6 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
     ordered = [rows[name] for name in sorted(rows)]
     with written_atomically(FOLDER / "rows.json") as temporary:
         temporary.write_text(json.dumps({"environment": environment(), "rows": ordered}, indent=1) + "\n")
-
-
-def line(row: dict[str, Any]) -> str:
-    """Return a row in one line."""
-    marks = "".join("x" if row["stages"].get(stage) else "." for stage in STAGES)
-    return (
-        f"{row['name']:45} {marks} share {row.get('prunable_share', 0):.3f} macs {row.get('macs', 0):.3f} "
-        f"{sum(row['seconds'].values()):6.1f} s  {row['failed'][:200]} {row.get('unproved') or ''}"
-    )
-
-
-def summary(rows: dict[str, dict[str, Any]]) -> str:
-    """Return, for each library, the share of networks that pass each stage and the median prunable share."""
-    text = [f"{'':14}{'networks':>9}" + "".join(f"{stage:>8}" for stage in STAGES) + f"{'prunable':>10}"]
-    for library in ("timm", "torchvision", "hf"):
-        own = [row for name, row in rows.items() if name.startswith(f"{library}:")]
-        if not own:
-            continue
-        passed = [sum(bool(row["stages"].get(stage)) for row in own) / len(own) for stage in STAGES]
-        free = sorted(row.get("prunable_share", 0.0) for row in own)[len(own) // 2]
-        text.append(f"{library:14}{len(own):9}" + "".join(f"{100 * p:7.0f}%" for p in passed) + f"{100 * free:9.1f}%")
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ TYPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "pegasus": ("AutoModelForSeq2SeqLM", {**_BART, "max_position_embeddings": 32}, "text to text"),
     # vision
     "vit": ("AutoModelForImageClassification", _VISION, "image"),
-    "deit": ("AutoModelForImageClassification", _VISION, "image"),
+    "deit": ("AutoModel", _VISION, "image"),
     "beit": ("AutoModelForImageClassification", {**_VISION, "use_relative_position_bias": True}, "image"),
     "dinov2": ("AutoModelForImageClassification", {**_VISION, "mlp_ratio": 2}, "image"),
     "swin": (

@@ -466,3 +466,19 @@ def test_standardized_weights():
     assert free(proved_structure(model.eval(), x)) == {"0": 16, "2": 12}
     pruned = half(model, x)
     assert pruned.model[0].out_channels < 16 and pruned.proofs[-1].max_error < 1e-5
+
+
+def test_the_factor_that_can_vary_varies():
+    """The head dim is a number for the attention; the heads, although minor here, can be cut."""
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.o(F.scaled_dot_product_attention(q, k, v).permute(0, 2, 3, 1).reshape(B, N, C))
+
+    layers = {"qkv": nn.Linear(48, 144), "o": nn.Linear(48, 3)}
+    attention = Model(forward, **layers)
+    attention.heads, attention.head_dim = 6, 8
+    model, x = nn.Sequential(nn.Linear(6, 48), attention).eval(), torch.randn(2, 5, 6)
+    structure = proved_structure(model, x)
+    assert structure.steps == {"0": 8} and half(model, x).model[1].heads < 6

@@ -129,22 +129,28 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
     attributes: dict[Attribute, Dim] = {}
     ties = _Ties()
     values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
+    _freeze_read(tracer, attributes)  # first, so that a factor that is frozen anyway is not chosen to vary
     for constraint in tracer.constraints:
         _bind(constraint, attributes, values, ties)
     for pieces, where in tracer.equal_counts:
         for a, b in pairwise(pieces):
             ties.add(a, b, where)
-    for expression, where in tracer.value_reads:
-        for source in sources(expression):
-            dim = attributes.get(source) if isinstance(source, Attribute) else source
-            if dim is not None:
-                freeze(dim, f"its size is used as a number ({where})")
+    _freeze_read(tracer, attributes)
     ties.spread_freezes()
     for constraint in tracer.constraints:
         if isinstance(constraint.expression, Operation):
             _check(constraint, attributes, values, ties)
     ties.spread_freezes()
     return attributes, ties.classes()
+
+
+def _freeze_read(tracer: Tracer, attributes: Mapping[Attribute, Dim]) -> None:
+    """Freeze what the code uses as a number, as far as attributes are known to be sizes."""
+    for expression, where in tracer.value_reads:
+        for source in sources(expression):
+            dim = attributes.get(source) if isinstance(source, Attribute) else source
+            if dim is not None:
+                freeze(dim, f"its size is used as a number ({where})")
 
 
 def _bind(
