@@ -22,7 +22,8 @@ def _short(monkeypatch):
 class Sleep(nn.Module):
     def __init__(self, seconds):
         super().__init__()
-        self.seconds, self.batches = seconds, []
+        self.seconds = seconds
+        type(self).batches = []  # attributes of the instance are restored after each measurement
         self.p = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
