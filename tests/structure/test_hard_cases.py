@@ -482,3 +482,43 @@ def test_the_factor_that_can_vary_varies():
     model, x = nn.Sequential(nn.Linear(6, 48), attention).eval(), torch.randn(2, 5, 6)
     structure = proved_structure(model, x)
     assert structure.steps == {"0": 8} and half(model, x).model[1].heads < 6
+
+
+def divided_by_heads(self, x):
+    b, n, c = x.shape
+    q, k, v = self.qkv(x).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+    mixed = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.view(-1, 1, 1)
+    return self.out(x + self.proj((mixed.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)))
+
+
+def split_by_a_difference(self, x):
+    first, second = torch.split(self.enter(x), [self.part, self.whole - self.part], dim=-1)
+    return self.out(torch.cat([self.inner(first), second], dim=-1))
+
+
+def split_in_two(self, x):
+    first, second = torch.split(self.enter(x), self.whole // self.paths, dim=-1)
+    return self.out(torch.cat([self.inner(first), second], dim=-1))
+
+
+def test_a_width_that_is_divided_by_the_number_of_heads_follows_them():
+    model = Model(divided_by_heads, stem=nn.Linear(5, 12), qkv=nn.Linear(12, 36), proj=nn.Linear(12, 12))
+    model.heads, model.scale, model.out = 4, nn.Parameter(torch.ones(4)), nn.Linear(12, 3)
+    whole = nn.Sequential(nn.Linear(5, 12), model).eval()
+    structure = proved_structure(whole, torch.randn(2, 6, 5))
+    stream = next(axis for axis in structure.prunable if ("0.weight", 0) in axis.members)
+    heads = next(axis for axis in structure.prunable if ("1.scale", 0) in axis.members)
+    assert {stream.name, heads.name} <= set(next(tie for tie in structure.ties if heads.name in tie))
+    assert (stream.size, structure.steps[stream.name], heads.size) == (12, 3, 4)
+    pruned = half(whole, torch.randn(2, 6, 5))
+    assert pruned.model[1].heads < 4 and pruned.model[0].out_features == 3 * pruned.model[1].heads
+
+
+@pytest.mark.parametrize(("forward", "part"), [(split_by_a_difference, 8), (split_in_two, 6)])
+def test_a_width_that_is_computed_from_others_is_rewritten(forward, part):
+    model = Model(forward, enter=nn.Linear(5, 12), inner=nn.Linear(part, 7), out=nn.Linear(7 + 12 - part, 3))
+    model.part, model.whole, model.paths = part, 12, 2
+    pruned = half(model, torch.randn(4, 5))
+    small = pruned.model
+    assert small.whole == small.enter.out_features < 12
+    assert oracle_error(model, small, pruned.structure_plan, torch.randn(4, 5)) < 1e-5

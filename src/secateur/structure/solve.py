@@ -10,7 +10,7 @@ from math import gcd
 
 from torch import nn
 
-from secateur.structure.dims import Dim, freeze, leaves, size_under
+from secateur.structure.dims import Dim, concat, freeze, leaf, leaves, product, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute, Expression, Operation, evaluate, read_attribute, sources
 from secateur.structure.structure import Axis, Structure
@@ -130,8 +130,10 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
     ties = _Ties()
     values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
     _freeze_read(tracer, attributes)  # first, so that a factor that is frozen anyway is not chosen to vary
-    for constraint in tracer.constraints:
-        _bind(constraint, attributes, values, ties)
+    for plain in (True, False):  # what an attribute is must be known before something is divided by it
+        for constraint in tracer.constraints:
+            if isinstance(constraint.expression, Operation) != plain:
+                _bind(constraint, attributes, values, ties)
     for pieces, where in tracer.equal_counts:
         for a, b in pairwise(pieces):
             ties.add(a, b, where)
@@ -168,6 +170,35 @@ def _bind(
         ties.add(expression, dim, where)
     elif isinstance(expression, int):
         freeze(dim, f"the code says {expression} ({where})")
+    else:
+        _solve_for_left(expression, dim, where, attributes, values, ties)
+
+
+def _solve_for_left(
+    operation: Operation,
+    dim: Dim,
+    where: str,
+    attributes: dict[Attribute, Dim],
+    values: Mapping[Attribute, int],
+    ties: _Ties,
+) -> None:
+    """Read ``left // right = dim`` as left = right x dim, and ``left - right = dim`` as left = right | dim.
+
+    So a residual stream that is divided by the number of heads loses a head's worth of units with each head, and an
+    attribute that is halved is two halves long. Anything else is left to `_check`.
+    """
+    left = operation.left
+    right = operation.right
+    if isinstance(right, Attribute):
+        right = attributes.get(right, values[right])
+    if isinstance(right, int) and isinstance(left, Attribute):
+        right = leaf(right, f"the code says {right} ({where})")
+    if operation.symbol not in ("//", "-") or not isinstance(right, Dim) or not isinstance(left, Attribute | Dim):
+        return
+    whole = product([right, dim]) if operation.symbol == "//" else concat([right, dim])
+    size = values[left] if isinstance(left, Attribute) else left.size
+    if whole.size == size:
+        _bind(Constraint(left, whole, where), attributes, values, ties)
 
 
 def _attributes(constraints: Iterable[Constraint]) -> set[Attribute]:
