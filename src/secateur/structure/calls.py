@@ -7,13 +7,17 @@ reads those.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.structure.inputs import call_with_state
 from secateur.structure.provenance import Expression, TracedInt, expression_of
 
 Sizes = list[Expression | None]
@@ -34,6 +38,19 @@ class FunctionCall:
             if name in self.kwargs:
                 return self.kwargs[name]
         return self.args[position] if len(self.args) > position else None
+
+
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def line_of_code() -> str:
+    """Return ``file:number`` of the model's innermost running line, or nothing if all of it is PyTorch's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not call_with_state.__code__:
+        if not frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 # Calls whose inner reshapes follow from the shapes of their inputs alone: no size is written down anywhere.

@@ -10,10 +10,31 @@ A dim that cannot be understood is frozen with a reason. Freezing is always safe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the model's code said something about dims.
+
+    Attributes:
+        name: The function or operation.
+        module: Path of the module that was running; empty for the model itself.
+        line: ``file:number`` of the code outside PyTorch; empty if there is none.
+        order: Later places have a larger one.
+    """
+
+    name: str
+    module: str = ""
+    line: str = ""
+    order: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module}" if self.module else self.name
 
 
 class Dim:
@@ -24,15 +45,17 @@ class Dim:
         op: ``""`` for a leaf, ``"*"`` for a product, ``"+"`` for a sum.
         parts: The factors or segments.
         reasons: Why the leaf must not be cut; empty means free.
+        bound: What the leaf was found equal to, and where; None while it is an axis.
     """
 
-    __slots__ = ("_link", "op", "parts", "reasons", "size")
+    __slots__ = ("_link", "bound", "op", "parts", "reasons", "size")
 
     def __init__(self, size: int, op: str = "", parts: tuple[Dim, ...] = ()) -> None:
         self.size = size
         self.op = op
         self.parts = parts
         self.reasons: list[str] = []
+        self.bound: tuple[Dim, Place] | None = None
         self._link: Dim | None = None
 
     def find(self) -> Dim:
@@ -126,47 +149,48 @@ def is_frozen(dim: Dim) -> bool:
 # ---------------------------------------------------------------------------------------------- unification
 
 
-def unify(a: Dim, b: Dim, reason: str) -> None:
-    """Make two dims equal; where that cannot be expressed, freeze both for `reason`."""
-    if not _unify(a, b):
-        freeze(a, reason)
-        freeze(b, reason)
+def unify(a: Dim, b: Dim, place: Place) -> None:
+    """Make two dims equal, as the code at `place` says; where that cannot be expressed, freeze both."""
+    if not _unify(a, b, place):
+        freeze(a, f"sizes do not align ({place})")
+        freeze(b, f"sizes do not align ({place})")
 
 
-def _unify(a: Dim, b: Dim) -> bool:
+def _unify(a: Dim, b: Dim, place: Place) -> bool:
     a, b = a.find(), b.find()
     if a is b:
         return True
     if a.size != b.size:
         return False
     if not a.op:
-        return _bind(a, b)
+        return _bind(a, b, place)
     if not b.op:
-        return _bind(b, a)
+        return _bind(b, a, place)
     if a.op == b.op == "*":
-        solved = _unify_products(factors(a), factors(b))
+        solved = _unify_products(factors(a), factors(b), place)
     elif a.op == b.op == "+":
-        solved = _unify_sums(segments(a), segments(b))
+        solved = _unify_sums(segments(a), segments(b), place)
     elif a.op == "+":
-        solved = _unify_sum_with_product(segments(a), factors(b))
+        solved = _unify_sum_with_product(segments(a), factors(b), place)
     else:
-        solved = _unify_sum_with_product(segments(b), factors(a))
+        solved = _unify_sum_with_product(segments(b), factors(a), place)
     if solved:
         a._link = b
     return solved
 
 
-def _bind(node: Dim, term: Dim) -> bool:
+def _bind(node: Dim, term: Dim, place: Place) -> bool:
     """Let the leaf `node` stand for `term`."""
     if term.op and any(inner is node for inner in leaves(term)):
         return False  # an axis cannot contain itself
     for reason in node.reasons:
         freeze(term, reason)
     node._link = term
+    node.bound = (term, place)
     return True
 
 
-def _unify_products(left: list[Dim], right: list[Dim]) -> bool:
+def _unify_products(left: list[Dim], right: list[Dim], place: Place) -> bool:
     """Align two lists of factors from the major end, splitting the larger factor where it divides."""
     while left and right:
         x, y = left.pop(0), right.pop(0)
@@ -175,49 +199,49 @@ def _unify_products(left: list[Dim], right: list[Dim]) -> bool:
         if x.size % y.size:
             return False
         if x.size == y.size:
-            solved = _unify(x, y)
+            solved = _unify(x, y, place)
         else:
             rest = leaf(x.size // y.size)
-            solved = _unify(x, product([y, rest]))
+            solved = _unify(x, product([y, rest]), place)
             left[:0] = factors(rest)
         if not solved:
             return False
     return not left and not right
 
 
-def _unify_sums(left: list[Dim], right: list[Dim]) -> bool:
+def _unify_sums(left: list[Dim], right: list[Dim], place: Place) -> bool:
     """Align two lists of segments, splitting the longer segment at the other's boundary."""
     while left and right:
         x, y = left.pop(0), right.pop(0)
         if x.size < y.size:
             x, y, left, right = y, x, right, left
         if x.size == y.size:
-            solved = _unify(x, y)
+            solved = _unify(x, y, place)
         else:
             rest = leaf(x.size - y.size)
-            solved = _unify(x, concat([y, rest]))
+            solved = _unify(x, concat([y, rest]), place)
             left[:0] = segments(rest)
         if not solved:
             return False
     return not left and not right
 
 
-def _unify_sum_with_product(parts: list[Dim], facs: list[Dim]) -> bool:
+def _unify_sum_with_product(parts: list[Dim], facs: list[Dim], place: Place) -> bool:
     """Solve s1 | s2 | ... = p x rest: the major factor is a sum too, p = c1 | c2 | ..., with s_i = c_i x rest."""
     major, rest = facs[0], facs[1:]
     stride = prod(f.size for f in rest)
     if any(part.size % stride for part in parts):
         return False
     counts = [leaf(part.size // stride) for part in parts]
-    if not _unify(major, concat(counts)):
+    if not _unify(major, concat(counts), place):
         return False
-    return all(_unify(part, product([c, *rest])) for part, c in zip(parts, counts, strict=True))
+    return all(_unify(part, product([c, *rest]), place) for part, c in zip(parts, counts, strict=True))
 
 
-def split(dim: Dim, sizes: Sequence[int], reason: str) -> list[Dim]:
+def split(dim: Dim, sizes: Sequence[int], place: Place) -> list[Dim]:
     """Return the consecutive segments of `dim` with the given sizes."""
     pieces = [leaf(size) for size in sizes]
-    unify(dim, concat(pieces), reason)
+    unify(dim, concat(pieces), place)
     return pieces
 
 

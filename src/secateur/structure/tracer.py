@@ -7,16 +7,17 @@ much it costs, which sizes the model's code wrote down. It runs nothing itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.structure import dims as algebra
-from secateur.structure.calls import FunctionCall, Sizes
-from secateur.structure.dims import Dim, freeze, leaf
+from secateur.structure.calls import FunctionCall, Sizes, line_of_code
+from secateur.structure.dims import Dim, Place, freeze, leaf
 from secateur.structure.provenance import Expression
 
 
@@ -63,6 +64,7 @@ class Tracer:
     modules: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     training: bool = False
+    orders: Iterator[int] = field(default_factory=count)
 
     def in_training(self) -> Tracer:
         """Return a tracer for a second run: it adds equations and uses, but no operations, costs or consumers."""
@@ -86,9 +88,16 @@ class Tracer:
 
     def where(self) -> str:
         """Return the present place in words, for reasons that a person reads."""
-        name = self.call.name if self.call else (self.operations[-1] if self.operations else "the model")
         path = self.modules[-1] if self.modules else ""
-        return f"{name} in {path}" if path else name
+        return f"{self._doing()} in {path}" if path else self._doing()
+
+    def place(self) -> Place:
+        """Return the present place, with the line of code."""
+        return Place(self._doing(), self.modules[-1] if self.modules else "", line_of_code(), next(self.orders))
+
+    def _doing(self) -> str:
+        name = self.call.name if self.call else (self.operations[-1] if self.operations else "the model")
+        return name.strip("_")
 
     # ------------------------------------------------------------------------------------------------- dims
 
@@ -124,7 +133,8 @@ class Tracer:
 
     def unify(self, a: Dim, b: Dim) -> None:
         """Say that two dims are the same."""
-        algebra.unify(a, b, f"sizes do not align at {self.where()}")
+        if a.find() is not b.find():
+            algebra.unify(a, b, self.place())
 
     def freeze(self, dims: Iterable[Dim], reason: str) -> None:
         """Say that dims must not be cut, and why."""

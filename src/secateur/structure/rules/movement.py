@@ -173,7 +173,7 @@ def split_dim(call: OpCall) -> None:
     tracer, source, results = call.tracer, call["self"], call.results()
     position = call.arguments.get("dim", 0) % source.dim()
     lengths = [result.shape[position] for result in results]
-    pieces = split(tracer.dims(source)[position], lengths, f"{tracer.where()} does not align")
+    pieces = split(tracer.dims(source)[position], lengths, tracer.place())
     written = split_sizes(tracer.call, lengths)
     if written is None:
         tracer.equal_counts.append((pieces, tracer.where()))
@@ -201,7 +201,7 @@ def slice_dim(call: OpCall) -> None:
 
 
 def _segment(tracer: Tracer, dim: Dim, start: int, length: int) -> Dim:
-    pieces = split(dim, [start, length, dim.size - start - length], f"{tracer.where()} does not align")
+    pieces = split(dim, [start, length, dim.size - start - length], tracer.place())
     begin, end = slice_bounds(tracer.call, start, start + length, dim.size)
     tracer.constrain(begin, pieces[0])
     tracer.constrain(end, concat(pieces[:2]))
