@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import StructureError
+from secateur.structure.attention import opened_attention
 from secateur.structure.dims import mask_under
 from secateur.structure.inputs import Inputs, call_with_state
 from secateur.structure.operations import bind, operation_name, rebind
@@ -32,7 +33,7 @@ def run_masked(model: nn.Module, structure: Structure, kept: Kept, state: Mappin
     Raises:
         StructureError: The model took another path than when it was traced.
     """
-    with _MaskedMode(structure, kept):
+    with opened_attention(model), _MaskedMode(structure, kept):
         return call_with_state(model, state, inputs)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanMismatch
+from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.inputs import state_of
 from secateur.structure.plan import AttributeChange, AxisCut, Plan, TensorCut, expression_of_dim
@@ -31,6 +32,12 @@ _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.modules.batchnorm._NormBase, "num_features", "weight", 0),
     (nn.GroupNorm, "num_channels", "weight", 0),
     (nn.PReLU, "num_parameters", "weight", 0),
+    (nn.MultiheadAttention, "embed_dim", "in_proj_weight", 1),
+    (nn.MultiheadAttention, "kdim", "in_proj_weight", 1),
+    (nn.MultiheadAttention, "vdim", "in_proj_weight", 1),
+    (nn.MultiheadAttention, "embed_dim", "q_proj_weight", 1),
+    (nn.MultiheadAttention, "kdim", "k_proj_weight", 1),
+    (nn.MultiheadAttention, "vdim", "v_proj_weight", 1),
     (nn.RNNBase, "input_size", "weight_ih_l0", 1),
     (nn.RNNBase, "hidden_size", "weight_hh_l0", 1),
 )
@@ -64,6 +71,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         PlanMismatch: The plan was made for another model; `model` is then untouched.
     """
     _check(model, plan)
+    open_attention(model)
     replaced: dict[int, Tensor] = {}
     for name, tensor in state_of(model).items():
         if name in plan.tensors:
@@ -72,6 +80,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for change in plan.attributes:
         write_attribute(model, Attribute(change.module, change.name, change.index), change.after)
     _repair_layers(model)
+    close_attention(model)
 
 
 def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import InvalidInputs
+from secateur.structure.attention import opened_attention
 from secateur.structure.calls import FunctionCall, implicitly_read, value_arguments
 from secateur.structure.dims import freeze, product
 from secateur.structure.inputs import Inputs, as_inputs, call_with_state, output_tensors, state_of, undisturbed
@@ -46,7 +47,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """
     inputs = as_inputs(example_inputs, example_kwargs)
     tracer = Tracer()
-    with undisturbed(model):
+    with undisturbed(model), opened_attention(model):
         state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
         tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
