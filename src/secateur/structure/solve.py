@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from math import gcd
 
 from torch import nn
 
+from secateur.structure.branches import joined_sums, residual_additions
 from secateur.structure.dims import Dim, concat, freeze, leaf, leaves, product, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute, Expression, Operation, evaluate, read_attribute, sources
+from secateur.structure.roles import Role, roles_of
 from secateur.structure.structure import Axis, Structure
 from secateur.structure.tracer import Constraint, Tracer
 
@@ -23,7 +25,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
     consuming = sorted({tracer.operations[i] for i in tracer.sites})
     path = [i for i, name in enumerate(tracer.operations) if name in consuming]
     parameters = frozenset(name for name, _ in model.named_parameters())
-    axes = _axes(tensors, parameters, attributes)
+    axes = _axes(tensors, parameters, attributes, roles_of(tracer.uses, _stream_dims(tracer)))
     tied = [{axis.name: r[axis.leaf] for axis in axes if axis.prunable and axis.leaf in r} for r in ties]
     return Structure(
         axes=axes,
@@ -33,7 +35,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         attributes=attributes,
         path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
-        multiply_adds=tuple(tracer.multiply_adds),
+        multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,
         inputs=inputs,
     )
@@ -249,7 +251,10 @@ def _holds(
 
 
 def _axes(
-    tensors: Mapping[str, list[Dim]], parameters: frozenset[str], attributes: Mapping[Attribute, Dim]
+    tensors: Mapping[str, list[Dim]],
+    parameters: frozenset[str],
+    attributes: Mapping[Attribute, Dim],
+    role_of: Callable[[Dim], Role],
 ) -> tuple[Axis, ...]:
     members: dict[Dim, dict[tuple[str, int], None]] = defaultdict(dict)
     for name, dims in tensors.items():
@@ -260,9 +265,15 @@ def _axes(
     owned = {node: tuple(found) for node, found in members.items() if any(n in parameters for n, _ in found)}
     names = _names(owned, tensors, attributes)
     return tuple(
-        Axis(names[node], node.size, found, not node.reasons, "; ".join(node.reasons), node)
+        Axis(names[node], node.size, found, not node.reasons, "; ".join(node.reasons), role_of(node), node)
         for node, found in owned.items()
     )
+
+
+def _stream_dims(tracer: Tracer) -> list[Dim]:
+    """Return the dims of every sum of branches."""
+    totals = [*(addition.total for addition in residual_additions(tracer)), *joined_sums(tracer)]
+    return [dim for total in totals for dim in tracer.sums[total]]
 
 
 def _names(

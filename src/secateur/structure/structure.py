@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.structure.dims import Dim, shrunk, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute
+from secateur.structure.roles import Role
 from secateur.structure.tracer import Site
 from secateur.structure.verify import Verification, verify_structure
 
@@ -26,6 +27,7 @@ class Axis:
         members: Every (tensor name, dim) that holds the axis, possibly as one factor or segment of that dim.
         prunable: Whether units may be removed.
         reason: Why not, if not.
+        role: What its units are (a key of `ROLES`), as far as their use says so; else empty.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Axis:
     members: tuple[tuple[str, int], ...]
     prunable: bool
     reason: str
+    role: Role
     leaf: Dim = field(repr=False, compare=False)
 
 

@@ -54,6 +54,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
             tracer.parameter_of[tensor] = name
         for tensor in inputs.tensors():
             tracer.fresh(tensor, "input")
+        tracer.history.begin(inputs.tensors())
         with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
             output = call_with_state(model, state, inputs)
         results = output_tensors(output)
@@ -102,6 +103,7 @@ class _OperationMode(TorchDispatchMode):
         call = OpCall(self.tracer, name, bind(func, args, kwargs or {}), result)
         self.tracer.use(call.tensors())
         apply_rule(call)
+        self.tracer.remember(call)
         return result
 
 
@@ -144,9 +146,11 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         tracer.modules.append(names.get(module, type(module).__name__))
+        tracer.history.enter(tracer.modules[-1])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         tracer.modules.pop()
+        tracer.history.leave()
 
     with ExitStack() as stack:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):

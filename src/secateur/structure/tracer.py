@@ -18,7 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
+from secateur.structure.history import History
 from secateur.structure.provenance import Expression
+from secateur.structure.roles import Use
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Tracer:
     equal_counts: list[tuple[list[Dim], str]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     sites: dict[int, list[Site]] = field(default_factory=lambda: defaultdict(list))
-    multiply_adds: list[tuple[Dim, ...]] = field(default_factory=list)
+    multiply_adds: dict[int, list[tuple[Dim, ...]]] = field(default_factory=lambda: defaultdict(list))
+    sums: dict[int, list[Dim]] = field(default_factory=dict)
+    uses: list[tuple[Use, Dim]] = field(default_factory=list)
+    history: History = field(default_factory=History)
     consumers: dict[str, list[Dim]] = field(default_factory=lambda: defaultdict(list))
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
@@ -72,7 +77,10 @@ class Tracer:
             self,
             operations=[],
             sites=defaultdict(list),
-            multiply_adds=[],
+            multiply_adds=defaultdict(list),
+            sums={},
+            uses=[],
+            history=History(),
             consumers=defaultdict(list),
             calls=[],
             modules=[],
@@ -177,7 +185,17 @@ class Tracer:
 
     def cost(self, *dims: Dim) -> None:
         """Say that the operation takes as many multiply-adds as the product of the sizes of `dims`."""
-        self.multiply_adds.append(dims)
+        self.multiply_adds[len(self.operations) - 1].append(dims)
+
+    def use_as(self, use: Use, *dims: Dim) -> None:
+        """Say what the operation uses dims for; their roles follow from it."""
+        self.uses.extend((use, dim) for dim in dims)
+
+    def remember(self, call: OpCall) -> None:
+        """Add an operation to the history; sums of two computed tensors of one shape may join branches."""
+        self.history.add(call.tensors(), call.results())
+        if call.name == "add" and len(call.tensors()) == 2 and call["self"].shape == call["other"].shape:
+            self.sums[len(self.history.values) - 1] = self.dims(call.out)
 
 
 @dataclass(frozen=True)

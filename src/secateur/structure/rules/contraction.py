@@ -18,6 +18,12 @@ def _matmul(call: OpCall, left: str, right: str, batched: bool) -> None:
         _unify_batch(tracer, a, b)
     tracer.contract((left, a, offset + 1), (right, b, offset))
     a_dims, b_dims = tracer.dims(a), tracer.dims(b)
+    if a in tracer.parameter_of or b in tracer.parameter_of:
+        tracer.use_as("matrix in", a_dims[offset + 1])
+        tracer.use_as("matrix out", b_dims[offset + 1] if b in tracer.parameter_of else a_dims[offset])
+    elif batched:  # queries with keys, or weights with values
+        tracer.use_as("head", a_dims[0])
+        tracer.use_as("head dim", a_dims[2], b_dims[2])
     dims = [*a_dims[: offset + 1], b_dims[offset + 1]]
     tracer.cost(*a_dims, b_dims[offset + 1])
     tracer.set(call.out, dims)
@@ -61,6 +67,9 @@ def grouped_mm(call: OpCall) -> None:
         raise NotImplementedError(f"{a.dim()}-d x {b.dim()}-d")
     rows, (groups, _, n) = tracer.dims(a)[0], tracer.dims(b)
     tracer.freeze([rows, groups], "rows are assigned to groups by value")
+    tracer.use_as("experts", groups)
+    tracer.use_as("matrix in", tracer.dims(a)[1])
+    tracer.use_as("matrix out", n)
     tracer.contract(("self", a, 1), ("mat2", b, 1))
     tracer.cost(rows, tracer.dims(a)[1], n)
     tracer.set(call.out, [rows, n])
@@ -100,6 +109,7 @@ def convolution(call: OpCall) -> None:
     tracer.unify(c_in, product([group, inner]))
     tracer.unify(first, product([group, inner if transposed else outer]))
     c_out = product([group, outer])
+    tracer.use_as("convolved", c_in, c_out)
     tracer.consume("input", x, [1])
     name = tracer.parameter_of.get(weight)
     if name is not None:
@@ -134,6 +144,7 @@ def attention(call: OpCall) -> None:
             else:  # grouped queries: each key and value serves a run of consecutive query heads
                 tracer.unify(q[i], product([other, groups := leaf(q[i].size // other.size)]))
                 tracer.freeze([groups], "query heads of one key")
+                tracer.use_as("copies", groups)
     tracer.contract(("query", query, query.dim() - 1), ("key", key, key.dim() - 1))
     tracer.unify(k[-2], v[-2])
     tracer.freeze([k[-2]], "attention normalizes over keys")
@@ -143,6 +154,8 @@ def attention(call: OpCall) -> None:
         for dim, own in zip(reversed(tracer.dims(mask)), reversed(scores), strict=False):
             if dim.size == own.size:
                 tracer.unify(dim, own)
+    tracer.use_as("head", *q[1:-2])
+    tracer.use_as("head dim", q[-1], v[-1])
     tracer.cost(*scores, q[-1])
     tracer.cost(*scores, v[-1])
     for result in call.results():

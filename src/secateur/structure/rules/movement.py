@@ -127,6 +127,7 @@ def expand(call: OpCall) -> None:
             dims.append(expression)  # copies of one value follow whichever axis they were copied for
         else:
             dims.append(leaf(size))
+            tracer.use_as("copies", dims[-1])
             tracer.constrain(size if expression is None else expression, dims[-1])
     tracer.follow(call.out, source, dims)
 

@@ -13,6 +13,7 @@ def lstm_layer(call: OpCall) -> None:
     tracer, x = call.tracer, call["input"]
     first, recurrent = call["weight0"], call["weight1"]
     hidden = tracer.dims(recurrent)[1]
+    tracer.use_as("recurrent", hidden)
     for name in ("weight0", "weight1", "weight2", "weight3"):
         gates = leaf(call[name].shape[0] // hidden.size, "gates")
         tracer.unify(tracer.dims(call[name])[0], product([gates, hidden]))

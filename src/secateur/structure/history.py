@@ -1,0 +1,91 @@
+"""What ran in a trace, in order: which value was computed from which, and which module was running."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module: it ran the operations from number `start` up to, not including, `stop`."""
+
+    name: str
+    start: int
+    parent: ModuleCall | None
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that was computed.
+
+    Attributes:
+        operation: The number of the operation that computed it; -1 for the run's inputs.
+        sources: The values that the operation took, by argument; None for parameters and constants.
+        module: The innermost module call that ran the operation.
+    """
+
+    operation: int
+    sources: tuple[int | None, ...] = ()
+    module: ModuleCall | None = None
+
+
+@dataclass
+class History:
+    """The values of a run, numbered in the order in which they were computed, and the calls of modules.
+
+    A tensor that is written to becomes a new value.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    operations: int = 0
+    _value_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _inside: list[ModuleCall] = field(default_factory=list)
+
+    def begin(self, inputs: Iterable[Tensor]) -> None:
+        """Note the run's inputs."""
+        for tensor in inputs:
+            self._append(tensor, Value(-1))
+
+    def add(self, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+        """Note an operation."""
+        sources = tuple(self._value_of.get(tensor) for tensor in arguments)
+        module = self._inside[-1] if self._inside else None
+        for tensor in results:
+            self._append(tensor, Value(self.operations, sources, module))
+        self.operations += 1
+
+    def _append(self, tensor: Tensor, value: Value) -> None:
+        self._value_of[tensor] = len(self.values)
+        self.values.append(value)
+
+    def enter(self, name: str) -> None:
+        """Note that a module begins."""
+        self._inside.append(ModuleCall(name, self.operations, self._inside[-1] if self._inside else None))
+        self.calls.append(self._inside[-1])
+
+    def leave(self) -> None:
+        """Note that the innermost module ends."""
+        self._inside.pop().stop = self.operations
+
+    def value_of(self, tensor: Tensor) -> int | None:
+        """Return the number of the value that a tensor holds; None for parameters and constants."""
+        number: int | None = self._value_of.get(tensor)
+        return number
+
+    def before(self, number: int) -> Iterator[int]:
+        """Yield a value and all that it was computed from, latest first."""
+        waiting, seen = [-number], {number}
+        while waiting:
+            latest = -heapq.heappop(waiting)
+            yield latest
+            for source in self.values[latest].sources:
+                if source is not None and source not in seen:
+                    seen.add(source)
+                    heapq.heappush(waiting, -source)
