@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.measure.latency import Latency, compare_latency, measure_latency
     from secateur.measure.profile import Profile, profile
     from secateur.pruned import Pruned
+    from secateur.pruner import Pruner
     from secateur.structure.structure import Axis, Structure
     from secateur.structure.trace import trace
     from secateur.structure.verify import Verification
@@ -34,6 +35,7 @@ _HOMES = {
     "Method": "core.method",
     "Profile": "measure.profile",
     "Pruned": "pruned",
+    "Pruner": "pruner",
     "Recipe": "core.recipe",
     "Scope": "core.slots",
     "SecateurError": "errors",
@@ -60,6 +62,7 @@ __all__ = [
     "Method",
     "Profile",
     "Pruned",
+    "Pruner",
     "Recipe",
     "Scope",
     "SecateurError",

@@ -10,24 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.budgets import cost_of
 from secateur.core import engine
 from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
-from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
 from secateur.deploy import Artifact, safetensors
-from secateur.errors import InvalidInputs, InvalidRecipe, NothingPrunable
-from secateur.measure.profile import profile
-from secateur.parts.granularity.channel import ChannelUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.job import make_job
 from secateur.pruned import Pruned
-from secateur.structure.inputs import as_inputs
-from secateur.structure.plan import Plan
-from secateur.structure.structure import Structure
 from secateur.structure.trace import trace
-from secateur.training.fabric import join_processes, share_data
+from secateur.training.fabric import join_processes
 from secateur.training.loop import OnStep, accuracy
 from secateur.training.recover import Recoverer
 
@@ -80,54 +72,24 @@ def prune(  # the one call that ties everything together, so it has many options
         >>> small[0].out_features
         16
     """
-    _check_types(model, budget)
-    recipe = _recipe(method, slots)
-    inputs = as_inputs(example_inputs, example_kwargs)
-    before = profile(model, inputs)
+    job = make_job(model, example_inputs, example_kwargs, budget, method, slots, seed)
     join_processes(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        units = recipe.granularity.units(copy.deepcopy(model), inputs, recipe.scope)
-        if not units.shapes:
-            raise NothingPrunable(_why_nothing(units))
+        for_scores = calibration if calibration is not None else data
+        run = job.start(copy.deepcopy(model), for_scores, loss, checkpoints)
         recoverer = Recoverer(
-            recipe,
+            job.recipe,
             model,
-            inputs,
+            job.inputs,
             data,
             loss=loss,
             evaluate=accuracy(validation) if validation is not None else None,
             on_step=on_step,
             precision=precision,
         )
-        for_scores = calibration if calibration is not None else data
-        rounds = engine.run(
-            recipe,
-            units,
-            budget,
-            cost_of(budget.kind),
-            recoverer,
-            data=None if for_scores is None else share_data(for_scores),
-            loss=loss,
-            checkpoints=checkpoints,
-            seed=seed,
-        )
-    structured = units if isinstance(units, ChannelUnits) else None
-    return Pruned(
-        model=units.model.eval(),
-        masks=units.masks if isinstance(units, WeightUnits) else {},
-        structure_plan=structured.plan if structured else Plan(),
-        before=before,
-        after=profile(units.model, inputs),
-        recipe=recipe,
-        budget=budget,
-        seed=seed,
-        rounds=tuple(rounds),
-        history=recoverer.history,
-        structure=structured.dense_structure if structured else None,
-        proofs=tuple(structured.proofs) if structured else (),
-        inputs=inputs,
-    )
+        engine.run(run, recoverer)
+    return job.result(run, run.units.model, recoverer.history)
 
 
 def save(pruned: Pruned, path: str | os.PathLike[str]) -> Artifact:
@@ -147,31 +109,6 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         PlanMismatch: `build` makes another network than the one that was pruned.
     """
     return safetensors.read(path, build)
-
-
-def _check_types(model: Any, budget: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidInputs(f"prune() needs a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(budget, Budget):
-        raise InvalidRecipe(f"prune() needs a Budget, for example Budget(macs=0.5); got {budget!r}.")
-
-
-def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:
-    unknown = slots.keys() - Recipe.model_fields.keys()
-    if unknown:
-        known = ", ".join(Recipe.model_fields)
-        raise InvalidRecipe(f"prune() got an unknown option {sorted(unknown)[0]!r}. A recipe's slots are: {known}.")
-    recipe = method if isinstance(method, Recipe) else find_method(method).recipe
-    return recipe.but(**slots)
-
-
-def _why_nothing(units: Any) -> str:
-    structure: Structure | None = getattr(units, "structure", None)
-    if structure is None:
-        return "No tensor of this model is in scope. Widen scope.include, or allow biases."
-    reasons = sorted({axis.reason for axis in structure.axes if axis.reason})
-    listed = "; ".join(reasons[:4]) or "it has no parameters"
-    return f"No unit of this model may be removed: {listed}. `secateur inspect` lists every axis with its reason."
 
 
 __all__ = ["Pruned", "load", "prune", "save", "trace"]

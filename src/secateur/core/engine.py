@@ -39,66 +39,91 @@ class Round:
     """Samples that the scores took."""
 
 
-def run(
-    recipe: Recipe,
-    units: Units,
-    budget: Budget,
-    cost_of: Callable[[Units], Cost],
-    recover: Recover,
-    *,
-    data: Data | None = None,
-    loss: Loss | None = None,
-    checkpoints: Checkpoints | None = None,
-    seed: int = 0,
-) -> list[Round]:
-    """Prune `units` to `budget` as `recipe` says; `units.model` is the result.
+class Run:
+    """One pruning run: a recipe on units, one pruning moment after another. `units.model` is the result.
+
+    `run` leads it through a recovery of ours, `secateur.Pruner` through a training loop of the user's.
 
     Args:
         recipe: What to do.
         units: What can be removed.
         budget: How much may stay.
         cost_of: The cost of the budgeted quantity by kept units.
-        recover: Repairs the network after each pruning moment.
         data: What the criterion may look at.
         loss: Loss for criteria that need gradients.
         checkpoints: Weights of other moments, for `mask_from` and `weights_from`.
         seed: Controls every random choice.
 
-    Returns:
-        What happened at each pruning moment.
+    Attributes:
+        levels: All pruning moments.
+        rounds: What happened at those that are over.
 
     Raises:
         NothingPrunable: There is no unit.
         BudgetUnreachable: The budget allows everything, or less than the smallest network.
+        MissingCheckpoint: The recipe asks for weights that are not given.
     """
-    if not units.shapes:
-        raise NothingPrunable("No unit of this model may be removed. `secateur inspect` shows what is frozen and why.")
-    dense, target = _target(units, budget, cost_of(units))
-    for key in {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}:
-        _checkpoint(checkpoints, key)
-    levels = recipe.schedule.levels(target / dense)
-    if levels[0].at > 0:
-        recover(units, Level(0.0, 1.0), levels[0].at)
-    rounds = []
-    for i, level in enumerate(levels):
-        context = Context(units, data, loss, 1000 * seed + i)
-        with _weights_of(recipe.mask_from, units, checkpoints):
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        units: Units,
+        budget: Budget,
+        cost_of: Callable[[Units], Cost],
+        *,
+        data: Data | None = None,
+        loss: Loss | None = None,
+        checkpoints: Checkpoints | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not units.shapes:
+            raise NothingPrunable(
+                "No unit of this model may be removed. `secateur inspect` shows what is frozen and why."
+            )
+        self.recipe, self.units, self.budget, self.seed = recipe, units, budget, seed
+        self._cost_of, self._data, self._loss, self._checkpoints = cost_of, data, loss, checkpoints
+        self._dense, self._target = _target(units, budget, cost_of(units))
+        for key in {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}:
+            _checkpoint(checkpoints, key)
+        self.levels = recipe.schedule.levels(self._target / self._dense)
+        self.rounds: list[Round] = []
+
+    @property
+    def next_level(self) -> Level | None:
+        """The pruning moment that comes next; None after the last one."""
+        return self.levels[len(self.rounds)] if len(self.rounds) < len(self.levels) else None
+
+    def prune(self) -> Round:
+        """Carry out the next pruning moment: score, select, remove, and set the weights back if the recipe says so."""
+        recipe, units, level = self.recipe, self.units, self.levels[len(self.rounds)]
+        context = Context(units, self._data, self._loss, 1000 * self.seed + len(self.rounds))
+        with _weights_of(recipe.mask_from, units, self._checkpoints):
             scores = recipe.criterion.score(context)
         units.check(scores)
         priorities = recipe.allocation.rank(scores)
         units.check(priorities)
         for group, gone in units.removed().items():
             priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
-        allowed = target if i == len(levels) - 1 else level.keep * dense
-        _cut(units, priorities, cost_of, allowed, budget.tolerance)
+        allowed = self._target if level is self.levels[-1] else level.keep * self._dense
+        _cut(units, priorities, self._cost_of, allowed, self.budget.tolerance)
         if recipe.weights_from == "fresh":
             units.redraw()
         elif recipe.weights_from != "same":
-            units.reset(_checkpoint(checkpoints, recipe.weights_from))
+            units.reset(_checkpoint(self._checkpoints, recipe.weights_from))
         counts = units.counts()
-        rounds.append(Round(level.keep, cost_of(units)(counts), counts, context.samples_used))
-        recover(units, level, levels[i + 1].at if i + 1 < len(levels) else 1.0)
-    return rounds
+        self.rounds.append(Round(level.keep, self._cost_of(units)(counts), counts, context.samples_used))
+        return self.rounds[-1]
+
+
+def run(pruning: Run, recover: Recover) -> list[Round]:
+    """Lead `pruning` through all of its moments, with a recovery after each, and return what happened."""
+    levels = pruning.levels
+    if levels[0].at > 0:
+        recover(pruning.units, Level(0.0, 1.0), levels[0].at)
+    for level, until in zip(levels, [*(level.at for level in levels[1:]), 1.0], strict=True):
+        pruning.prune()
+        recover(pruning.units, level, until)
+    return pruning.rounds
 
 
 def _target(units: Units, budget: Budget, cost: Cost) -> tuple[float, float]:

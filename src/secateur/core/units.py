@@ -61,7 +61,7 @@ class Units(ABC):
     """The units of one model at one granularity.
 
     Attributes:
-        model: The model; `keep` changes or replaces it.
+        model: The model; `keep` changes it, and it stays the same object.
         limits: What a selection must respect.
     """
 
@@ -92,7 +92,7 @@ class Units(ABC):
 
     @abstractmethod
     def keep(self, kept: Kept) -> bool:
-        """Remove all other units; mutates or replaces `model`.
+        """Remove all other units; mutates `model`.
 
         Returns:
             Whether that was possible. If not, nothing has changed, and the groups that are to blame are not listed any

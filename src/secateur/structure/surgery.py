@@ -70,7 +70,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanMismatch: The plan was made for another model; `model` is then untouched.
     """
-    _check(model, plan)
+    check_plan(model, plan)
     open_attention(model)
     replaced: dict[int, Tensor] = {}
     for name, tensor in state_of(model).items():
@@ -121,7 +121,12 @@ def _cut(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     return part.contiguous()
 
 
-def _check(model: nn.Module, plan: Plan) -> None:
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanMismatch: A tensor or an attribute is missing or has another size.
+    """
     state = state_of(model)
     for name, cut in plan.tensors.items():
         found = tuple(state[name].shape) if name in state else None

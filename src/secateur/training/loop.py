@@ -66,8 +66,15 @@ class Trainer:
         self._teacher = teacher
         self._fabric = make_fabric(model, precision)
         self.optimizer = make_optimizer(model, settings)
-        self._wrapped, self._wrapped_optimizer = self._fabric.setup(model, self.optimizer)
+        self.wrap()
         self._mask_handle: RemovableHandle | None = None
+
+    def wrap(self) -> None:
+        """Prepare model and optimizer for this machine; once more after each cut.
+
+        With several processes, what shares the gradients among them knows the parameters that there were.
+        """
+        self._wrapped, self._wrapped_optimizer = self._fabric.setup(self.model, self.optimizer)
 
     def mask(self, masks: Masks) -> None:
         """Hold these masks from now on."""

@@ -13,8 +13,10 @@ from secateur.core.slots import Level, Precision
 from secateur.core.units import Units
 from secateur.errors import DataNeeded
 from secateur.measure.profile import count_macs
+from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.parts.recovery.fine_tune import FineTune
+from secateur.structure.carry import Companions
 from secateur.training.loop import Evaluate, History, OnStep, Trainer, epoch_length
 
 
@@ -70,9 +72,9 @@ class Recoverer:
         return max(1, round(steps))
 
     def _trainer_of(self, units: Units, settings: FineTune) -> Trainer:
-        """Return the trainer of the present network; the same one, with its momentum, while the network is the same."""
+        """Return the trainer, whose momentum is carried over cuts; a new one if the weights were set back."""
         rewound = self._recipe.weights_from != "same"  # old momentum has nothing to do with these weights
-        if self._trainer is None or self._trainer.model is not units.model or rewound:
+        if self._trainer is None or rewound:
             self._trainer = Trainer(
                 units.model,
                 settings,
@@ -80,6 +82,10 @@ class Recoverer:
                 teacher=self._dense if settings.needs_teacher else None,
                 precision=self._precision,
             )
+            if isinstance(units, ChannelUnits):
+                units.companions = Companions((self._trainer.optimizer,))
+        else:
+            self._trainer.wrap()
         if isinstance(units, WeightUnits):
             self._trainer.mask(Masks(units.model, units.masks))
         return self._trainer

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from secateur.core.slots import Granularity, Scope
 from secateur.core.units import Kept, Limits, Scores, Units
+from secateur.structure.carry import ALONE, cut_in_place
 from secateur.structure.dims import Dim, leaves, unit_index
 from secateur.structure.inputs import Inputs, as_inputs, state_of
 from secateur.structure.plan import Plan
 from secateur.structure.prove import proved_keep, proved_structure
 from secateur.structure.structure import Axis, Structure
-from secateur.structure.surgery import cut_copy, make_plan
+from secateur.structure.surgery import make_plan
 from secateur.structure.verify import Verification
 
 
@@ -45,6 +46,7 @@ class ChannelUnits(Units):
         structure: The structure of `model` as it is now.
         dense_structure: The structure before the first cut.
         proofs: One verification per cut.
+        companions: What follows the model through its cuts.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, scope: Scope, minimum: int, round_to: int) -> None:
@@ -53,6 +55,7 @@ class ChannelUnits(Units):
         self.dense_structure = self.structure = _in_scope(proved_structure(model, inputs), scope)
         self.limits = Limits(minimum, round_to, self.structure.ties, self.structure.steps)
         self.proofs: list[Verification] = []
+        self.companions = ALONE
         self._kept = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in self.structure.prunable}
 
     @property
@@ -104,7 +107,7 @@ class ChannelUnits(Units):
         return any(leaf in _free(c) for c in consumed for leaf in _free(dim))
 
     def keep(self, kept: Kept) -> bool:
-        """Cut everything else off, and prove that the result computes what the masked network computes.
+        """Cut everything else off in place, and prove that the result computes what the masked network computes.
 
         Returns:
             Whether that is so. If not, nothing is cut, and the axes that are to blame are frozen.
@@ -116,7 +119,7 @@ class ChannelUnits(Units):
         self.proofs.append(proof)
         for name, mask in kept.items():
             self._kept[name][self._kept[name].clone()] = mask.cpu()
-        self.model = cut_copy(self.model, make_plan(structure, kept))
+        cut_in_place(self.model, make_plan(structure, kept), self.companions)
         self.structure = structure.cut(kept)
         return True
 

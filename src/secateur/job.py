@@ -1,0 +1,125 @@
+"""What `prune` and `Pruner` share: from a request to a pruning run, and from the run to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.budgets import cost_of
+from secateur.core import engine
+from secateur.core.batches import Data, Loss
+from secateur.core.budget import Budget
+from secateur.core.method import method as find_method
+from secateur.core.recipe import Recipe
+from secateur.core.units import Units
+from secateur.errors import InvalidInputs, InvalidRecipe, NothingPrunable
+from secateur.measure.profile import Profile, profile
+from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.weight import WeightUnits
+from secateur.pruned import Pruned
+from secateur.structure.inputs import Inputs, as_inputs
+from secateur.structure.plan import Plan
+from secateur.structure.structure import Structure
+from secateur.training.fabric import share_data
+from secateur.training.loop import History
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked.
+
+    Attributes:
+        recipe: What to do.
+        budget: How much may stay.
+        inputs: The example inputs.
+        seed: Controls every random choice.
+        before: What the unpruned network costs.
+    """
+
+    recipe: Recipe
+    budget: Budget
+    inputs: Inputs
+    seed: int
+    before: Profile
+
+    def start(
+        self, model: nn.Module, data: Data | None, loss: Loss | None, checkpoints: engine.Checkpoints | None
+    ) -> engine.Run:
+        """Return the run that prunes `model`, in place."""
+        units = self.recipe.granularity.units(model, self.inputs, self.recipe.scope)
+        if not units.shapes:
+            raise NothingPrunable(_why_nothing(units))
+        return engine.Run(
+            self.recipe,
+            units,
+            self.budget,
+            cost_of(self.budget.kind),
+            data=None if data is None else share_data(data),
+            loss=loss,
+            checkpoints=checkpoints,
+            seed=self.seed,
+        )
+
+    def result(self, run: engine.Run, model: nn.Module, history: History) -> Pruned:
+        """Return the result of a finished run; `model` is its network."""
+        units = run.units
+        structured = units if isinstance(units, ChannelUnits) else None
+        return Pruned(
+            model=model.eval(),
+            masks=units.masks if isinstance(units, WeightUnits) else {},
+            structure_plan=structured.plan if structured else Plan(),
+            before=self.before,
+            after=profile(model, self.inputs),
+            recipe=self.recipe,
+            budget=self.budget,
+            seed=self.seed,
+            rounds=tuple(run.rounds),
+            history=history,
+            structure=structured.dense_structure if structured else None,
+            proofs=tuple(structured.proofs) if structured else (),
+            inputs=self.inputs,
+        )
+
+
+def make_job(
+    model: Any,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    budget: Any,
+    method: str | Recipe,
+    slots: Mapping[str, Any],
+    seed: int,
+) -> Job:
+    """Return a request, checked.
+
+    Raises:
+        InvalidInputs: No model, or inputs that it does not run on.
+        InvalidRecipe: An unknown slot or setting, or no budget.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputs(f"Pruning needs a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(budget, Budget):
+        raise InvalidRecipe(f"Pruning needs a Budget, for example Budget(macs=0.5); got {budget!r}.")
+    inputs = as_inputs(example_inputs, example_kwargs)
+    return Job(_recipe(method, slots), budget, inputs, seed, profile(model, inputs))
+
+
+def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:
+    unknown = slots.keys() - Recipe.model_fields.keys()
+    if unknown:
+        known = ", ".join(Recipe.model_fields)
+        raise InvalidRecipe(f"Pruning got an unknown option {sorted(unknown)[0]!r}. A recipe's slots are: {known}.")
+    recipe = method if isinstance(method, Recipe) else find_method(method).recipe
+    return recipe.but(**slots)
+
+
+def _why_nothing(units: Units) -> str:
+    structure: Structure | None = getattr(units, "structure", None)
+    if structure is None:
+        return "No tensor of this model is in scope. Widen scope.include, or allow biases."
+    reasons = sorted({axis.reason for axis in structure.axes if axis.reason})
+    listed = "; ".join(reasons[:4]) or "it has no parameters"
+    return f"No unit of this model may be removed: {listed}. `secateur inspect` lists every axis with its reason."

@@ -1,0 +1,256 @@
+"""`Pruner`: prunes a network inside a training loop of the user's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core import engine
+from secateur.core.batches import Data, Loss
+from secateur.core.budget import Budget
+from secateur.core.masks import Masks
+from secateur.core.recipe import Recipe
+from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, PlanMismatch
+from secateur.job import Job, make_job
+from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.weight import WeightUnits
+from secateur.pruned import Pruned
+from secateur.structure.carry import Companions
+from secateur.structure.inputs import state_of
+from secateur.structure.plan import parse_plan
+
+
+class Pruner:
+    """Prunes a network while the user trains it.
+
+    Call `step` after each ``optimizer.step()``. At the moments of the recipe's schedule it prunes, **in place**: the
+    model, its modules and the optimizers stay the same objects, so that everything that holds them goes on (learning
+    rate schedulers, gradient scalers, your own variables). After a physical cut the model's parameters are new
+    tensors; the optimizers hold the new ones, and what they remember is cut along, as are pending gradients. Single
+    weights are zeroed and held at zero after every optimizer step.
+
+    What must be made anew after a cut: a ``DistributedDataParallel`` around the model, and hooks on parameters.
+
+    Args:
+        model: The module to train and prune; is changed in place.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        optimizers: The optimizer, or several, that train the model.
+        total_steps: Number of `step` calls over which the schedule runs; your loop is the recovery.
+        budget: How much may stay.
+        method: Name of a method (see `methods`), or a whole recipe.
+        data: Batches for the scores, iterable more than once; needed by methods that look at data.
+        loss: (output, target) -> scalar, for the scores; default: the model's own for mappings, else cross-entropy.
+        copies: Networks to prune along, with weights of their own: ``AveragedModel``, deep copies, EMA.
+        example_kwargs: Further keyword arguments of the example call.
+        checkpoints: State dicts of the unpruned model at other moments: ``"init"``, or training steps.
+        seed: Controls every random choice of the pruning; the random state of the training is not touched.
+        **slots: Other answers to a recipe's questions, as for `prune`; not recovery.
+
+    Attributes:
+        model: The module that was given.
+        steps: Number of `step` calls so far.
+
+    Raises:
+        InvalidRecipe: An unknown slot or setting, or a recipe with a recovery of its own.
+        InvalidInputs: The model does not run on the inputs, is wrapped, or an optimizer does not train it.
+        BudgetUnreachable: The budget cannot be met; says what can.
+        NothingPrunable: No unit may be removed.
+        PlanMismatch: A copy is not like the model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> pruner = Pruner(net, torch.zeros(1, 8), optimizers=sgd, total_steps=8, budget=Budget(macs=0.5),
+        ...                 granularity="channel", schedule={"name": "iterative", "steps": 2})
+        >>> for _ in range(8):
+        ...     sgd.zero_grad()
+        ...     net(torch.randn(16, 8)).square().mean().backward()
+        ...     sgd.step()
+        ...     _ = pruner.step()
+        >>> net[0].out_features, pruner.done
+        (16, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        optimizers: Optimizer | Sequence[Optimizer],
+        total_steps: int,
+        budget: Budget,
+        method: str | Recipe = "magnitude",
+        data: Data | None = None,
+        loss: Loss | None = None,
+        copies: nn.Module | Sequence[nn.Module] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        checkpoints: engine.Checkpoints | None = None,
+        seed: int = 0,
+        **slots: Any,
+    ) -> None:
+        _check_unwrapped(model)
+        self.model, self.steps, self.total_steps = model, 0, _checked_steps(total_steps)
+        self._job = make_job(model, example_inputs, example_kwargs, budget, method, slots, seed)
+        _check_recovery(self._job)
+        self._companions = Companions(_checked_optimizers(optimizers, model), _checked_copies(copies, model))
+        self._mask_handles: list[RemovableHandle] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._run = self._job.start(model, data, loss, checkpoints)
+        if isinstance(self._run.units, ChannelUnits):
+            self._run.units.companions = self._companions
+
+    @property
+    def rounds(self) -> tuple[engine.Round, ...]:
+        """What happened at the pruning moments so far."""
+        return tuple(self._run.rounds)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last pruning moment is over, so that the budget is met."""
+        return self._run.next_level is None
+
+    def step(self) -> engine.Round | None:
+        """Count one training step, and prune if the schedule says so; mutates model, optimizers and copies.
+
+        A moment at the share ``at`` of the schedule comes with the first call that makes ``steps >= at * total_steps``;
+        the moment at 0 comes with the first call.
+
+        Returns:
+            What happened, if it was a pruning moment; None otherwise.
+        """
+        self.steps += 1
+        happened = None
+        while (level := self._run.next_level) is not None and self.steps >= level.at * self.total_steps:
+            with torch.random.fork_rng():
+                torch.manual_seed(self._job.seed + self.steps)
+                happened = self._run.prune()
+            if self._job.recipe.weights_from != "same":
+                self._restart_companions()
+            self._hold_masks()
+        return happened
+
+    def result(self) -> Pruned:
+        """Return the network as it is now, a copy, with everything that `save` and a report need.
+
+        Raises:
+            BudgetUnreachable: The schedule is not over, so that less is pruned than was asked for.
+        """
+        if not self.done:
+            raise BudgetUnreachable(
+                f"The pruning is not finished: {len(self.rounds)} of {len(self._run.levels)} pruning moments are over "
+                f"after {self.steps} of {self.total_steps} steps. Call step() after every optimizer step, or give the "
+                "number of steps that the training really has as total_steps."
+            )
+        return self._job.result(self._run, copy.deepcopy(self.model), [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the state of model, optimizers and copies; safe to load as weights."""
+        units = self._run.units
+        return {
+            "recipe": self._job.recipe.hash,
+            "steps": self.steps,
+            "rounds": [asdict(done) for done in self.rounds],
+            "plan": units.plan.model_dump(mode="json") if isinstance(units, ChannelUnits) else None,
+            "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Prune the unpruned model, its optimizers and copies as in a checkpoint; load their own states afterwards.
+
+        Raises:
+            PlanMismatch: The checkpoint is of another recipe or model, or something was pruned here already.
+        """
+        units = self._run.units
+        if self.rounds or state["recipe"] != self._job.recipe.hash:
+            raise PlanMismatch(
+                "This state is of another recipe, or this pruner has pruned already. Make the unpruned model, its "
+                "optimizers and a Pruner with the same settings, then load."
+            )
+        kept: dict[str, Tensor] = dict(state["masks"])
+        if state["rounds"] and isinstance(units, ChannelUnits):
+            plan = parse_plan(state["plan"])
+            kept = {group: torch.ones(shape, dtype=torch.bool) for group, shape in units.shapes.items()}
+            for name, axis in plan.axes.items():
+                kept[name] = torch.zeros(axis.size, dtype=torch.bool).index_fill_(0, torch.tensor(axis.kept), True)
+        if state["rounds"] and ({g: m.shape for g, m in kept.items()} != dict(units.shapes) or not units.keep(kept)):
+            raise PlanMismatch("This state is of another model: its units are not those of this one.")
+        self.steps = state["steps"]
+        self._run.rounds[:] = [engine.Round(**done) for done in state["rounds"]]
+        self._hold_masks()
+
+    def _hold_masks(self) -> None:
+        """Zero the masked weights now and after every optimizer step."""
+        units = self._run.units
+        if not isinstance(units, WeightUnits) or not units.masks:
+            return
+        for handle in self._mask_handles:
+            handle.remove()
+        masks = Masks(self.model, units.masks)
+        self._mask_handles = [masks.attach(optimizer) for optimizer in self._companions.optimizers]
+        for copied in self._companions.copies:
+            Masks(copied, units.masks).apply()
+
+    def _restart_companions(self) -> None:
+        """The weights were set back: what was remembered of those before is of no use."""
+        self._companions.forget()
+        for copied in self._companions.copies:
+            copied.load_state_dict(self.model.state_dict())
+
+
+def _check_unwrapped(model: Any) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise InvalidInputs(
+            f"{type(model).__name__} keeps lists of the parameters that there were when it was made. Give the Pruner "
+            "the module inside (model.module), and wrap that again whenever step() returns something."
+        )
+
+
+def _checked_steps(total_steps: int) -> int:
+    if total_steps < 1:
+        raise InvalidRecipe(f"total_steps is the number of steps of the training, at least 1; got {total_steps}.")
+    return total_steps
+
+
+def _check_recovery(job: Job) -> None:
+    if job.recipe.recovery.epochs:
+        raise InvalidRecipe(
+            f"A Pruner trains nothing: your own loop is the recovery. The recipe has {job.recipe.recovery.name!r}; "
+            "pass recovery='none'."
+        )
+
+
+def _checked_optimizers(optimizers: Optimizer | Sequence[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
+    several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    own = {id(parameter) for parameter in model.parameters()}
+    for optimizer in several:
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidInputs(f"optimizers must be torch.optim optimizers; got {type(optimizer).__name__}.")
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise InvalidInputs(
+                f"This {type(optimizer).__name__} holds no parameter of the model. Make it from model.parameters()."
+            )
+    if not several:
+        raise InvalidInputs("A Pruner needs the optimizers that train the model, so that they follow; got none.")
+    return several
+
+
+def _checked_copies(copies: nn.Module | Sequence[nn.Module], model: nn.Module) -> tuple[nn.Module, ...]:
+    several = (copies,) if isinstance(copies, nn.Module) else tuple(copies)
+    inside = tuple(c.module if isinstance(c, AveragedModel) else c for c in several)
+    expected = {name: tensor.shape for name, tensor in state_of(model).items()}
+    for copied in inside:
+        if {name: tensor.shape for name, tensor in state_of(copied).items()} != expected:
+            raise PlanMismatch(
+                f"A copy ({type(copied).__name__}) does not have the parameters and buffers of the model, so it "
+                "cannot be pruned along. Pass deep copies of the model, or AveragedModel."
+            )
+    return inside
