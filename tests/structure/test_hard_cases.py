@@ -522,3 +522,24 @@ def test_a_width_that_is_computed_from_others_is_rewritten(forward, part):
     small = pruned.model
     assert small.whole == small.enter.out_features < 12
     assert oracle_error(model, small, pruned.structure_plan, torch.randn(4, 5)) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_that_know_their_normalized_shape(norm, dtype):
+    model = nn.Sequential(nn.Linear(6, 16), norm(16), nn.ReLU(), nn.Linear(16, 3)).to(dtype)
+    small = half(model, torch.randn(2, 6, dtype=dtype)).model
+    assert small[1].normalized_shape == (8,) and small[1].weight.shape == (8,)
+    literal = Model(lambda self, x: self.b(F.rms_norm(self.a(x), (16,))), a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    assert "the code says 16" in sc.trace(literal, torch.randn(2, 6)).axis("a").reason
+
+
+def test_float64_models_are_proved_in_float64():
+    """PyTorch has an operation of its own for an LSTM in float32 alone."""
+    model = Model(
+        lambda self, x: self.o(self.r(self.i(x))[0]),
+        i=nn.Linear(6, 4),
+        r=nn.LSTM(4, 5, batch_first=True),
+        o=nn.Linear(5, 3),
+    ).to(torch.float64)
+    assert len(free(proved_structure(model, torch.randn(2, 6, 6, dtype=torch.float64)))) == 2

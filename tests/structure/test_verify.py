@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import prove_cut, proved_structure
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import redraw
+from secateur.structure.verify import random_cycle, redraw
 from secateur.testing.toys import toy
 
 
@@ -201,3 +201,11 @@ def test_frozen_spreads_over_ties():
     frozen = structure.frozen({"1": "because"})
     assert not frozen.prunable and "must stay as long as 1" in frozen.axis("3").reason and not frozen.ties
     assert len(axes) == len(frozen.axes)
+
+
+def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 10):
+        order = random_cycle(size, generator)
+        assert sorted(order.tolist()) == list(range(size))
+        assert size == 1 or not bool((order == torch.arange(size)).any())

@@ -168,6 +168,13 @@ def size_argument(call: FunctionCall | None, position: int, name: str, value: in
     return expression_of(found) if isinstance(found, int) and int(found) == value else int(value)
 
 
+def normalized_sizes(call: FunctionCall) -> tuple[Tensor, Sizes] | None:
+    """Return the input of ``rms_norm`` and the sizes that the code wrote for its last dims."""
+    if call.name != "rms_norm":
+        return None
+    return call.argument(0, "input"), _known(call.argument(1, "normalized_shape"))
+
+
 # Functions that read integers as sizes; integers that arrive anywhere else are used for their value.
 _READS_SIZES = frozenset(
     "view reshape unflatten expand broadcast_to zeros ones empty full rand randn new_zeros new_ones new_empty new_full "

@@ -14,7 +14,7 @@ from secateur.structure.masked import run_masked
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.surgery import apply_plan, make_plan, skeleton
 from secateur.structure.trace import trace
-from secateur.structure.verify import Verification, redraw
+from secateur.structure.verify import Verification, proof_dtypes, redraw
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -46,7 +46,7 @@ def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0)
     except PlanMismatch:
         return Verification(float("inf"), ok=False)
     error = float("inf")
-    for dtype, tolerance in TOLERANCE.items():
+    for dtype in proof_dtypes(model):
         with undisturbed(model), undisturbed(small):
             state = redraw(model, structure, dtype, seed)
             inputs = structure.inputs.to(dtype)
@@ -56,7 +56,7 @@ def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0)
             except SecateurError:
                 return Verification(float("inf"), ok=False)
         error = relative_error(found, expected)
-        if error <= tolerance:
+        if error <= TOLERANCE[dtype]:
             return Verification(error, ok=True)
         if error == float("inf"):
             break

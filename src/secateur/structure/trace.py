@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import InvalidInputs
 from secateur.structure.attention import opened_attention
-from secateur.structure.calls import FunctionCall, implicitly_read, value_arguments
+from secateur.structure.calls import FunctionCall, implicitly_read, normalized_sizes, value_arguments
 from secateur.structure.dims import freeze, product
 from secateur.structure.inputs import Inputs, as_inputs, call_with_state, output_tensors, state_of, undisturbed
 from secateur.structure.operations import bind, operation_name
@@ -127,6 +127,10 @@ class _FunctionMode(TorchFunctionMode):
             scaled = implicitly_read(call)
             if scaled is not None:
                 self.tracer.read_value(self.tracer.dims(scaled)[-1])
+            normalized = normalized_sizes(call)
+            if normalized is not None:
+                tensor, sizes = normalized
+                self.tracer.constrain_all(sizes, self.tracer.dims(tensor)[-len(sizes) :])
             return func(*args, **kwargs)
         finally:
             self.tracer.calls.pop()
