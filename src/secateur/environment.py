@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,27 @@ def environment() -> dict[str, str | int]:
         except PackageNotFoundError:
             continue
     return facts
+
+
+def commit() -> tuple[str | None, bool]:
+    """Return the git commit of this code, and whether nothing but records differs from it.
+
+    Outside a git checkout, or without git, the commit is None and nothing is known to be clean.
+    """
+    here = Path(__file__).parent
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name, folder=here)  # not a checkout of something else
+        head = _git("rev-parse", "HEAD", folder=here)
+        root = _git("rev-parse", "--show-toplevel", folder=here)
+        changed = _git("status", "--porcelain", "--", "src", "bench", "pyproject.toml", folder=Path(root))
+    except (OSError, subprocess.SubprocessError):
+        return None, False
+    return head, not changed
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    call = ["git", *arguments]
+    return subprocess.run(call, cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def _processor() -> str:

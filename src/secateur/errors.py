@@ -60,6 +60,10 @@ class InvalidFile(SecateurError, ValueError):
     """A file that is damaged, or not one of secateur's."""
 
 
+class InvalidRecord(InvalidFile):
+    """A record that was edited, is of another schema version, or says something that cannot be."""
+
+
 class PlanMismatch(SecateurError, ValueError):
     """A saved plan does not fit the model that the constructor built."""
 

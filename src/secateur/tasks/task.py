@@ -127,9 +127,13 @@ class Task:
         """Return shuffled, augmented training batches."""
         return self.splits.train.batches(self.batch_size, shuffle=True, seed=seed, augment=self.augment)
 
+    def validation_batches(self) -> TensorBatches:
+        """Return the validation split in batches."""
+        return self.splits.validation.batches(500)
+
     def validation_accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the validation split, in [0, 1]."""
-        return accuracy(self.splits.validation.batches(500))(model)
+        return accuracy(self.validation_batches())(model)
 
     def test_accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the test split, in [0, 1]."""

@@ -1,0 +1,308 @@
+"""Benchmarks: task x network x budgets x recovery, as versioned YAML files, and the runs that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+
+from secateur.bench.records import Reported, Run
+from secateur.core import registry
+from secateur.core.budget import Budget
+from secateur.core.method import method
+from secateur.core.recipe import Recipe
+from secateur.core.slots import Granularity, Recovery
+from secateur.core.value import Value
+from secateur.errors import InvalidRecipe, UnknownName
+from secateur.parts.recovery.fine_tune import FineTune
+
+DENSE = "dense"
+
+
+class TaskName(Value):
+    """Which data.
+
+    Attributes:
+        name: A task of `secateur.tasks`.
+        version: Which version of it.
+        data: Hash of the splits; None for data of the user's own, whose hash is taken when the benchmark is run.
+    """
+
+    name: str
+    version: int
+    data: str | None = Field(None, pattern="^[0-9a-f]{16}$")
+
+
+class Ladder(Value):
+    """Budgets for one kind of units, with one recovery for every method.
+
+    Attributes:
+        granularity: The units.
+        budgets: From the largest network to the smallest.
+        recovery: What every pruned network gets.
+    """
+
+    granularity: Annotated[SerializeAsAny[Granularity], BeforeValidator(Granularity.parse)]
+    budgets: tuple[Budget, ...] = Field(min_length=1)
+    recovery: Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]
+
+
+class Control(Value):
+    """What every method is compared with.
+
+    Attributes:
+        method: The method that finds the mask.
+        slots: Answers that differ from the method's.
+        compute: What the epochs of a network with new weights are counted in (Scratch-E, Scratch-B).
+        granularities: For which ladders; default: all that the method has.
+    """
+
+    method: str
+    slots: dict[str, Any] = Field(default_factory=dict)
+    compute: Literal["epochs", "dense epochs"] = "epochs"
+    granularities: tuple[str, ...] | None = None
+
+
+class Official(Value):
+    """What a record must meet to count as official.
+
+    Attributes:
+        clean_tree: Made from committed code alone.
+        seeds: Fewest seeds of the same arm and budget.
+        timed: A network that became smaller was timed.
+    """
+
+    clean_tree: bool
+    seeds: int = Field(ge=1)
+    timed: bool
+
+
+class Benchmark(Value):
+    """A benchmark; see ``docs/benchmarks.md``.
+
+    Attributes:
+        name: ``task/network``, which is also the file's place below ``bench/``.
+        version: Raised when the same run would give another figure.
+        title: In words.
+        about: What it is for and what it cannot show.
+        task: Which data.
+        network: Which network of the task.
+        metric: What is compared, on the test split; higher is better.
+        reference: Where the dense network comes from: ``trained`` anew for each seed, ``packaged`` with secateur, or
+            ``pretrained`` by the library that it comes from.
+        training: Of the dense reference, and of every network that starts from new or initial weights.
+        seeds: Of the dense reference, the pruning and the recovery alike.
+        calibration: Batches that scores may look at.
+        engines: In which the compact network is timed beside the dense one.
+        official: What counts as official.
+        ladders: Budgets.
+        controls: What methods are compared with, by name.
+        reported: Figures of papers for the same setting.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")
+    version: int = Field(ge=1)
+    title: str
+    about: str
+    task: TaskName
+    network: str
+    metric: Literal["accuracy"]
+    reference: Literal["trained", "packaged", "pretrained"]
+    training: Annotated[FineTune, BeforeValidator(lambda v: FineTune.parse({"name": "fine-tune", **v}))]
+    seeds: tuple[int, ...] = Field(min_length=1)
+    calibration: int = Field(ge=1)
+    engines: tuple[str, ...]
+    official: Official
+    ladders: tuple[Ladder, ...] = Field(min_length=1)
+    controls: dict[str, Control]
+    reported: tuple[Reported, ...] = ()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise InvalidRecipe(f"seeds must differ from each other; got {list(seeds)}")
+        return seeds
+
+    def methods(self) -> tuple[str, ...]:
+        """Return the names of all methods that have units of one of the ladders and are no control."""
+        wanted = {ladder.granularity.name for ladder in self.ladders}
+        cards = registry.cards()
+        controls = {control.method for name, control in self.controls.items() if name == control.method}
+        return tuple(sorted(n for n, card in cards.items() if wanted & set(card.granularity) and n not in controls))
+
+
+def benchmark_folders() -> list[Path]:
+    """Return where benchmarks are looked for: ``bench/`` here, then those of secateur."""
+    packaged = Path(__file__).parent / "definitions"
+    return [Path("bench"), packaged if packaged.is_dir() else Path(__file__).parents[3] / "bench"]
+
+
+def benchmark_names() -> tuple[str, ...]:
+    """Return the names of all benchmarks."""
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in benchmark_folders()
+        for path in folder.rglob("*.yaml")
+    }
+    return tuple(sorted(found))
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return a benchmark by its name, or by the path of its file.
+
+    Raises:
+        UnknownName: There is none.
+        InvalidRecipe: Its file is wrong; says where.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_benchmark(Path(name))
+    for folder in benchmark_folders():
+        path = folder / f"{name}.yaml"
+        if path.is_file():
+            found = read_benchmark(path)
+            if found.name != name:
+                raise InvalidRecipe(f"{path} says name: {found.name}; expected {name}, as its place says.")
+            return found
+    raise UnknownName("benchmark", name, benchmark_names())
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Return the benchmark of a file.
+
+    Raises:
+        InvalidRecipe: The file is missing, is not YAML, or says something unknown.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRecipe(f"Cannot read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidRecipe(f"{path} must hold keys and values (name, version, task, ladders ...).")
+    try:
+        return Benchmark(**content)
+    except InvalidRecipe as error:
+        raise InvalidRecipe(f"{path}: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------------- runs
+
+
+def plan(
+    benchmark: Benchmark,
+    data: str,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> tuple[Run, ...]:
+    """Return the runs that a benchmark asks for: the dense references first, then controls and methods.
+
+    Args:
+        benchmark: Which one.
+        data: Hash of the splits.
+        methods: Methods and controls; default: all that apply.
+        budgets: Default: all of the ladders.
+        seeds: Default: the benchmark's.
+
+    Raises:
+        UnknownName: A method that does not exist, a control or budget that the benchmark does not have.
+    """
+    arms = (*benchmark.controls, *benchmark.methods())
+    offered = {budget_label(budget): budget for ladder in benchmark.ladders for budget in ladder.budgets}
+    chosen = tuple(offered) if budgets is None else tuple(budget_label(budget) for budget in budgets)
+    for kind, names, known in (("method", methods or (), arms), ("budget", chosen, tuple(offered))):
+        for name in names:
+            if name not in known:
+                raise UnknownName(f"{kind} of benchmark {benchmark.name!r}", name, known)
+    runs = []
+    for seed in seeds if seeds is not None else benchmark.seeds:
+        dense = _dense_run(benchmark, data, seed)
+        runs.append(dense)
+        for ladder in benchmark.ladders:
+            for arm in methods or arms:
+                recipe = _recipe(benchmark, ladder, arm)
+                if recipe is None:
+                    continue
+                runs += [
+                    dense.model_copy(update=_pruning(benchmark, arm, recipe, budget))
+                    for budget in ladder.budgets
+                    if budget_label(budget) in chosen
+                ]
+    return tuple(sorted(runs, key=lambda run: run.role != "dense"))
+
+
+def dense_run(run: Run) -> Run:
+    """Return the run of the dense reference that a run prunes."""
+    return run.model_copy(update={**_NO_PRUNING, "role": "dense", "arm": DENSE})
+
+
+_NO_PRUNING = dict.fromkeys(("method", "recipe", "recipe_hash", "budget", "calibration"))
+
+
+def _dense_run(benchmark: Benchmark, data: str, seed: int) -> Run:
+    return Run(
+        benchmark=benchmark.name,
+        version=benchmark.version,
+        task=benchmark.task.name,
+        task_version=benchmark.task.version,
+        data=data,
+        network=benchmark.network,
+        metric=benchmark.metric,
+        reference=benchmark.reference,
+        training=benchmark.training.model_dump(mode="json"),
+        seed=seed,
+        role="dense",
+        arm=DENSE,
+    )
+
+
+def _pruning(benchmark: Benchmark, arm: str, recipe: Recipe, budget: Budget) -> dict[str, Any]:
+    control = benchmark.controls.get(arm)
+    return {
+        "role": "control" if control else "method",
+        "arm": arm,
+        "method": control.method if control else arm,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": recipe.hash,
+        "budget": budget.model_dump(mode="json", exclude_defaults=True),
+        "calibration": benchmark.calibration,
+    }
+
+
+def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
+    """Return what an arm does on a ladder; None if it does not apply there.
+
+    A network whose weights start anew gets the dense network's training, every other one the ladder's recovery.
+    """
+    control = benchmark.controls.get(arm, Control(method=arm))
+    allowed = control.granularities or registry.cards()[control.method].granularity
+    if ladder.granularity.name not in allowed:
+        return None
+    recipe = method(control.method).recipe.but(**control.slots)
+    recovery = ladder.recovery
+    if recipe.weights_from in ("init", "fresh"):
+        recovery = benchmark.training.model_copy(update={"compute": control.compute})
+    return recipe.but(granularity=ladder.granularity, recovery=recovery)
+
+
+def budget_label(budget: Budget) -> str:
+    """Return a budget as it is written on the command line, for example ``macs=0.5``."""
+    return f"{budget.kind}={budget.value:g}"
+
+
+def parse_budget(text: str) -> Budget:
+    """Return the budget of ``macs=0.5``.
+
+    Raises:
+        InvalidRecipe: It is not one.
+    """
+    kind, _, value = text.partition("=")
+    try:
+        return Budget(**{kind.strip(): float(value)})
+    except (TypeError, ValueError) as error:
+        raise InvalidRecipe(f"{text!r} is not a budget; write for example macs=0.5 or sparsity=0.9.") from error

@@ -1,0 +1,358 @@
+"""Runs one job: from what is to be run to its record on the disk."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import resource
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import islice
+from math import sqrt
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur import __version__
+from secateur.api import prune, save
+from secateur.bench.benchmarks import dense_run
+from secateur.bench.records import (
+    SCHEMA,
+    Code,
+    Failure,
+    Machine,
+    Measured,
+    Metric,
+    Part,
+    Quantiles,
+    Record,
+    Reported,
+    Run,
+    Size,
+    Timing,
+    Training,
+)
+from secateur.bench.store import Store
+from secateur.core.budget import Budget
+from secateur.core.recipe import Recipe
+from secateur.deploy import safetensors
+from secateur.environment import commit, environment
+from secateur.errors import InvalidFile
+from secateur.measure.latency import compare_latency
+from secateur.measure.profile import profile
+from secateur.parts.recovery.fine_tune import FineTune
+from secateur.pruned import Pruned
+from secateur.structure.inputs import state_of
+from secateur.tasks import find_task
+from secateur.tasks.reference import load_reference, reference_path, save_reference, train_reference
+from secateur.tasks.task import Task
+from secateur.training.loop import OnStep
+
+NOT_THE_METHODS_FAULT = (OSError, MemoryError, ImportError, InvalidFile)
+"""A full disk, missing data or a missing package say nothing about a method: no record, the job is still to be done."""
+
+
+class Workplace(Part):
+    """Where jobs work, and what they measure that is no part of the result.
+
+    Attributes:
+        results: Folder of the records.
+        scratch: Folder of the dense references, and of the networks if they are kept.
+        engines: In which compact networks are timed.
+        reported: Figures of papers that belong beside the results.
+        keep_networks: Whether pruned networks stay in the scratch folder.
+    """
+
+    results: Path
+    scratch: Path
+    engines: tuple[str, ...] = ("eager",)
+    reported: tuple[Reported, ...] = ()
+    keep_networks: bool = False
+
+    def network(self, run: Run) -> Path:
+        """Return where the network of a run lies."""
+        return self.scratch / "networks" / f"{run.id}.safetensors"
+
+
+def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record:
+    """Run one job, write its record and return it; a method that fails gives a record that says why.
+
+    Raises:
+        OSError: A full disk and the like; no record is written.
+    """
+    watch = _Stopwatch()
+    code = _code()
+    latency: dict[str, Timing] = {}
+    measured = error = None
+    (place.scratch / "networks").mkdir(parents=True, exist_ok=True)
+    try:
+        work = _measure_dense if run.role == "dense" else _measure_pruned
+        measured, latency = work(run, place, watch, on_step)
+    except NOT_THE_METHODS_FAULT:
+        raise
+    except Exception as caught:
+        text = "".join(traceback.format_exception(caught))
+        error = Failure(type=type(caught).__name__, message=str(caught), traceback=text)
+    record = Record(
+        schema=SCHEMA,
+        id=run.id,
+        run=run,
+        status="ok" if measured else "failed",
+        measured=measured,
+        error=error,
+        reported=tuple(r for r in place.reported if (r.method, r.granularity, r.budget) == _setting(run)),
+        machine=Machine(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=watch.seconds(),
+            peak_memory_bytes=_peak_memory(),
+            latency=latency,
+            environment=environment(),
+        ),
+        code=code,
+    )
+    return Store(place.results).publish(record)
+
+
+def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Return the dense network that a run starts from, in eval mode, and its training curve.
+
+    It is trained by whoever comes first; others wait for it. A training that was interrupted goes on where it was.
+    """
+    task, dense = find_task(run.task), dense_run(run)
+    if run.reference == "packaged":
+        record = json.loads(reference_path(task, run.network).with_suffix(".json").read_text(encoding="utf-8"))
+        return load_reference(task, run.network), record["history"]
+    path = place.network(dense)
+    told = path.with_suffix(".json")  # written last: if it is there, the network is whole
+    with _alone(path.with_suffix(".lock")):
+        if not told.is_file():
+            checkpoint = path.with_suffix(".checkpoint")
+            model, record = train_reference(
+                task,
+                run.network,
+                seed=run.seed,
+                settings=FineTune.parse(run.training),
+                checkpoint=checkpoint,
+                on_step=on_step,
+            )
+            save_reference(model, record, path)
+            checkpoint.unlink(missing_ok=True)
+    record = json.loads(told.read_text(encoding="utf-8"))
+    return safetensors.read(path, lambda: task.build(run.network)), record["history"]
+
+
+# -------------------------------------------------------------------------------------------------- measurements
+
+
+def _measure_dense(
+    run: Run, place: Workplace, watch: _Stopwatch, on_step: OnStep | None
+) -> tuple[Measured, dict[str, Timing]]:
+    task = find_task(run.task)
+    with watch("training"):
+        model, history = reference(run, place, on_step)
+    with watch("evaluation"):
+        metrics = _metrics(run, task, model)
+        size = Size(**profile(model, task.example()).as_dict())
+    steps = int(history[-1]["step"])
+    measured = Measured(
+        metrics=metrics,
+        dense_metric=metrics[run.metric].value,
+        before=size,
+        after=size,
+        file_bytes=_file_bytes(run, place, task),
+        reached=None,
+        sparsity=0.0,
+        effective_sparsity=0.0,
+        samples_scored=0,
+        training=_training(task, steps, size.macs),
+        proof=None,
+        widths={},
+        history=history,
+        weights=weights_hash(model),
+    )
+    return measured, {}
+
+
+def _measure_pruned(
+    run: Run, place: Workplace, watch: _Stopwatch, on_step: OnStep | None
+) -> tuple[Measured, dict[str, Timing]]:
+    task = find_task(run.task)
+    with watch("reference"):
+        dense, _ = reference(run, place, on_step)
+    with watch("pruning and recovery"):
+        pruned = _prune(run, task, dense, on_step)
+    with watch("evaluation"):
+        metrics = _metrics(run, task, pruned.model)
+        dense_metric = _metrics(run, task, dense)[run.metric].value
+    with watch("writing"):
+        path = place.network(run)
+        save(pruned, path)
+        file_bytes = path.stat().st_size
+        if not place.keep_networks:
+            path.unlink()
+    with watch("latency"):
+        latency = timings(dense, pruned, place.engines) if pruned.structure_plan.axes else {}
+    after = Size(**pruned.after.as_dict())
+    plan = pruned.structure_plan
+    measured = Measured(
+        metrics=metrics,
+        dense_metric=dense_metric,
+        before=Size(**pruned.before.as_dict()),
+        after=after,
+        file_bytes=file_bytes,
+        reached=reached(pruned),
+        sparsity=1 - after.nonzero_params / pruned.before.params,
+        effective_sparsity=None,
+        samples_scored=sum(r.samples_used for r in pruned.rounds),
+        training=_training(task, int(pruned.history[-1]["step"]) if pruned.history else 0, after.macs),
+        proof=max((proof.max_error for proof in pruned.proofs), default=None),
+        widths={name: (axis.size, len(axis.kept)) for name, axis in plan.axes.items()},
+        history=pruned.history,
+        weights=weights_hash(pruned.model),
+    )
+    return measured, latency
+
+
+def _prune(run: Run, task: Task, dense: nn.Module, on_step: OnStep | None) -> Pruned:
+    assert run.recipe is not None and run.budget is not None
+    recipe = Recipe(**run.recipe)
+    return prune(
+        dense,
+        task.example(),
+        method=recipe,
+        budget=Budget(**run.budget),
+        data=task.train_batches(run.seed),
+        calibration=list(islice(task.train_batches(run.seed), run.calibration)),
+        validation=task.validation_batches(),
+        loss=task.loss,
+        checkpoints={"init": _initial_state(run, task)} if "init" in (recipe.mask_from, recipe.weights_from) else None,
+        on_step=on_step,
+        precision=task.precision,
+        seed=run.seed,
+    )
+
+
+def _initial_state(run: Run, task: Task) -> dict[str, Tensor]:
+    """Return the weights that the training of the dense reference started from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        return task.build(run.network).state_dict()
+
+
+def reached(pruned: Pruned) -> float:
+    """Return the budgeted quantity of a pruned network in the unit of the budget."""
+    kind = pruned.budget.kind
+    cost = pruned.rounds[-1].cost
+    if kind == "sparsity":
+        return 1 - cost / _units(pruned)
+    dense = {"macs": pruned.before.macs, "params": pruned.before.params}.get(kind, 1)
+    return cost / dense
+
+
+def _units(pruned: Pruned) -> int:
+    """Return the number of units before pruning."""
+    if pruned.structure is not None:
+        return sum(axis.size for axis in pruned.structure.prunable)
+    return sum(mask.numel() for mask in pruned.masks.values())
+
+
+def timings(dense: nn.Module, pruned: Pruned, engines: tuple[str, ...]) -> dict[str, Timing]:
+    """Return the latency of a smaller network beside the dense one, by engine."""
+    found = {}
+    for engine in engines:
+        both = compare_latency({"dense": dense, "pruned": pruned.model}, pruned.inputs, engine)
+        one = both["pruned"]
+        found[engine] = Timing(
+            engine=engine,
+            threads=one.threads,
+            batch=one.batch,
+            dtype=one.dtype,
+            **{name: Quantiles(p50_ms=x.p50_ms, p90_ms=x.p90_ms, n=x.n) for name, x in both.items()},
+        )
+    return found
+
+
+def _metrics(run: Run, task: Task, model: nn.Module) -> dict[str, Metric]:
+    return {
+        run.metric: share(task.test_accuracy(model), len(task.splits.test.targets)),
+        "validation_accuracy": share(task.validation_accuracy(model), len(task.splits.validation.targets)),
+    }
+
+
+def share(value: float, n: int) -> Metric:
+    """Return a share of n samples with its 95 % interval (Wilson 1927)."""
+    z = 1.959963984540054
+    center = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return Metric(value=value, low=max(0.0, center - half), high=min(1.0, center + half), n=n)
+
+
+def _training(task: Task, steps: int, macs: int) -> Training:
+    epochs = steps / len(task.train_batches())
+    samples = round(epochs * len(task.splits.train.targets))
+    return Training(steps=steps, samples=samples, macs=samples * macs)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of all parameters and buffers: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_of(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _file_bytes(run: Run, place: Workplace, task: Task) -> int:
+    packaged = run.reference == "packaged"
+    return (reference_path(task, run.network) if packaged else place.network(run)).stat().st_size
+
+
+# --------------------------------------------------------------------------------------------------------- facts
+
+
+class _Stopwatch:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self._phases[phase] = perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase, and in all."""
+        found = {**self._phases, "total": perf_counter() - self._start}
+        return {phase: round(seconds, 2) for phase, seconds in found.items()}
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Let one process at a time do what follows; the lock of a process that dies is gone with it."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _code() -> Code:
+    head, clean = commit()
+    return Code(version=__version__, commit=head, clean=clean)
+
+
+def _setting(run: Run) -> tuple[Any, ...]:
+    return run.method, run.granularity, run.budget

@@ -1,0 +1,131 @@
+"""The folder of records: where each one lies, how it gets there, which of them count."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.atomic import written_atomically
+from secateur.bench.benchmarks import Benchmark, Official
+from secateur.bench.records import Record, Run, read_record, to_text
+from secateur.errors import InvalidRecord
+
+RESULTS = Path("results") / "records"
+"""Where `secateur bench run` puts records, below the working directory."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file that is no valid record, and why."""
+
+    path: Path
+    reason: str
+
+
+class Store:
+    """Records below one folder: ``BENCHMARK/ARM-GRANULARITY-BUDGET-seedN-ID.json``.
+
+    Args:
+        folder: Is made when the first record is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] = RESULTS) -> None:
+        self.folder = Path(folder)
+
+    def path(self, run: Run) -> Path:
+        """Return where the record of a run lies."""
+        words = [run.arm] if run.role == "dense" else [*run.group]
+        return self.folder / run.benchmark / f"{'-'.join([*words, f'seed{run.seed}', run.id[:8]])}.json"
+
+    def find(self, run: Run) -> Record | None:
+        """Return the record of a run; None if there is none, or if what lies there is refused."""
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        try:
+            record = read_record(path)
+        except InvalidRecord:
+            return None
+        return record if record.id == run.id else None
+
+    def publish(self, record: Record, replace: bool = False) -> Record:
+        """Write a record, whole or not at all, and return the one that is there afterwards.
+
+        Args:
+            record: The record.
+            replace: Whether it takes the place of a valid one of the same run; otherwise the first one stays, so that
+                two workers that run the same cannot change what others have read.
+
+        Raises:
+            OSError: The disk is full or cannot be written to; nothing is left behind.
+        """
+        path = self.path(record.run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = None if replace else self.find(record.run)
+        if found is not None:
+            return found
+        with written_atomically(path) as temporary:
+            temporary.write_text(to_text(record), encoding="utf-8")
+        return record
+
+    def read(self, benchmark: str | None = None) -> tuple[list[Record], list[Refused]]:
+        """Return all records of a benchmark (default: of all), in the order of their files, and the files refused."""
+        records: list[Record] = []
+        refused: list[Refused] = []
+        for path in self._files(benchmark):
+            try:
+                record = read_record(path)
+                if path != self.path(record.run):
+                    raise InvalidRecord(f"{path} holds the record of another run, {record.run.label}.")
+                records.append(record)
+            except InvalidRecord as error:
+                refused.append(Refused(path, str(error)))
+        return records, refused
+
+    def _files(self, benchmark: str | None) -> Iterator[Path]:
+        folder = self.folder / benchmark if benchmark else self.folder
+        yield from sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+
+
+def standing(records: Iterable[Record], benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
+    """Return, by record id, why a record is not official; nothing for one that is.
+
+    Args:
+        records: All records of one benchmark.
+        benchmark: As it is now.
+    """
+    records = list(records)
+    alone = {record.id: tuple(_own_reasons(record, benchmark)) for record in records}
+    seeds: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for record in records:
+        if not alone[record.id]:
+            seeds[record.run.group].add(record.run.seed)
+    needed = benchmark.official.seeds
+    return {
+        record.id: alone[record.id]
+        or (() if len(seeds[record.run.group]) >= needed else (_too_few(len(seeds[record.run.group]), needed),))
+        for record in records
+    }
+
+
+def _own_reasons(record: Record, benchmark: Benchmark) -> Iterator[str]:
+    """Yield why a record cannot be official, whatever stands beside it."""
+    rules: Official = benchmark.official
+    run = record.run
+    if run.version != benchmark.version:
+        yield f"made for version {run.version} of the benchmark; it has version {benchmark.version} now"
+    if rules.clean_tree and record.code.commit is None:
+        yield "made outside a git checkout, so its code is not known"
+    elif rules.clean_tree and not record.code.clean:
+        yield "made with changes that were not committed"
+    if record.measured is None:
+        yield "failed"
+    elif rules.timed and run.granularity == "channel" and not record.machine.latency:
+        yield "the compact network was not timed"
+
+
+def _too_few(found: int, needed: int) -> str:
+    return f"{found} seed{'s' if found != 1 else ''} of at least {needed}"

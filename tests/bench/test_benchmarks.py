@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from secateur.bench.benchmarks import (
+    benchmark_names,
+    budget_label,
+    find_benchmark,
+    parse_budget,
+    plan,
+    read_benchmark,
+)
+from secateur.core.recipe import Recipe
+from secateur.errors import InvalidRecipe, UnknownName
+from secateur.tasks import find_task
+
+
+def test_every_benchmark_is_valid_and_of_the_data_that_its_task_has():
+    assert {"digits/resnet8", "fashion-mnist/resnet8", "fashion-mnist/resnet20", "fashion-mnist/vit"} <= set(
+        benchmark_names()
+    )
+    for name in benchmark_names():
+        benchmark = find_benchmark(name)
+        assert benchmark.name == name and benchmark.official.seeds >= 3 and len(benchmark.seeds) >= 3
+        if benchmark.task.data is not None:
+            task = find_task(benchmark.task.name)
+            assert (task.version, task.digest) == (benchmark.task.version, benchmark.task.data)
+            assert benchmark.network in task.networks
+
+
+def write(folder, changes):
+    content = yaml.safe_load(find_file().read_text())
+    path = folder / "b.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}))
+    return path
+
+
+def find_file():
+    from secateur.bench.benchmarks import benchmark_folders
+
+    return benchmark_folders()[1] / "digits" / "resnet8.yaml"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, r"b\.yaml: Benchmark: sedes: Extra inputs are not permitted"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"version": 0}, "version: Input should be greater"),
+        ({"metric": "beauty"}, "metric: Input should be 'accuracy'"),
+        ({"ladders": [{"granularity": "chanel", "budgets": [{"macs": 0.5}], "recovery": "none"}]}, "'channel'"),
+        ({"ladders": [{"granularity": "channel", "budgets": [{"macs": 5}], "recovery": "none"}]}, "less than 1"),
+    ],
+)
+def test_a_wrong_benchmark_is_one_clear_line(tmp_path, changes, message):
+    with pytest.raises((InvalidRecipe, UnknownName), match=message):
+        read_benchmark(write(tmp_path, changes))
+
+
+def test_files_that_are_no_benchmark_say_so(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text, message in (("- a", "must hold keys"), ("a: [", "not YAML")):
+        path.write_text(text)
+        with pytest.raises(InvalidRecipe, match=message):
+            find_benchmark(str(path))
+    with pytest.raises(InvalidRecipe, match="No such file"):
+        find_benchmark(str(tmp_path / "none.yaml"))
+    with pytest.raises(UnknownName, match="Did you mean 'digits/resnet8'"):
+        find_benchmark("digits/resnet")
+
+
+def test_a_plan_has_every_arm_at_every_budget_with_the_same_recovery():
+    benchmark = find_benchmark("digits/resnet8")
+    runs = plan(benchmark, "0" * 16)
+    assert [run.role for run in runs[:3]] == ["dense"] * 3 and {run.seed for run in runs} == {0, 1, 2}
+    arms = {run.arm for run in runs}
+    assert {"dense", "random", "scratch-e", "scratch-b", "taylor", "magnitude"} <= arms
+    for ladder in benchmark.ladders:
+        name = ladder.granularity.name
+        for arm in arms - {"dense"} - ({"scratch-b"} if name == "weight" else set()):
+            found = [r for r in runs if r.arm == arm and r.granularity == name]
+            assert sorted({(r.budget_label, r.seed) for r in found}) == sorted(
+                (budget_label(b), s) for b in ladder.budgets for s in benchmark.seeds
+            )
+            recipe = Recipe(**found[0].recipe)
+            assert recipe.hash == found[0].recipe_hash and recipe.granularity == ladder.granularity
+            if recipe.weights_from == "same":
+                assert recipe.recovery == ladder.recovery
+            else:
+                assert recipe.recovery.epochs == benchmark.training.epochs
+                assert recipe.recovery.compute == ("dense epochs" if arm == "scratch-b" else "epochs")
+    assert {r.role for r in runs if r.arm in benchmark.controls} == {"control"}
+    assert not any(r.arm == "scratch-b" and r.granularity == "weight" for r in runs)
+
+
+def test_a_plan_can_be_narrowed_and_refuses_what_the_benchmark_lacks():
+    benchmark = find_benchmark("digits/resnet8")
+    runs = plan(benchmark, "0" * 16, ["taylor"], [parse_budget("macs=0.5")], [4])
+    assert [run.label for run in runs] == ["dense seed 4", "taylor channel macs=0.5 seed 4"]
+    with pytest.raises(UnknownName, match="Did you mean 'taylor'"):
+        plan(benchmark, "0" * 16, ["tailor"])
+    with pytest.raises(UnknownName, match=r"macs=0\.5"):
+        plan(benchmark, "0" * 16, budgets=[parse_budget("macs=0.4")])
+    for text in ("macs", "macs=much", "speed=2", "macs=2"):
+        with pytest.raises(InvalidRecipe):
+            parse_budget(text)
