@@ -22,7 +22,6 @@ from secateur.parts.granularity.weight import WeightUnits
 from secateur.pruned import Pruned
 from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
-from secateur.structure.structure import Structure
 from secateur.training.fabric import share_data
 from secateur.training.loop import History
 
@@ -117,9 +116,5 @@ def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:
 
 
 def _why_nothing(units: Units) -> str:
-    structure: Structure | None = getattr(units, "structure", None)
-    if structure is None:
-        return "No tensor of this model is in scope. Widen scope.include, or allow biases."
-    reasons = sorted({axis.reason for axis in structure.axes if axis.reason})
-    listed = "; ".join(reasons[:4]) or "it has no parameters"
+    listed = "; ".join(units.obstacles()[:4]) or "it has no parameters"
     return f"No unit of this model may be removed: {listed}. `secateur inspect` lists every axis with its reason."

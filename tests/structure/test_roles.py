@@ -4,33 +4,15 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
 from secateur.structure.roles import ROLES, Role
-from secateur.testing.toys import toy
+from secateur.testing.toys import GroupedQueries, toy
 
 
 def roles(model, x):
     return {axis.name: axis.role for axis in sc.trace(model.eval(), x).axes}
-
-
-class GroupedQueries(nn.Module):
-    """Four query heads share two key and value heads; the keys are copied, or the operation knows about groups."""
-
-    def __init__(self, copied):
-        super().__init__()
-        self.q, self.k, self.v, self.o = nn.Linear(12, 20), nn.Linear(12, 10), nn.Linear(12, 10), nn.Linear(20, 3)
-        self.head_dim, self.shared, self.copied = 5, 2, copied
-
-    def forward(self, x):
-        q, k, v = (f(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        if self.copied:
-            b, h, n, d = k.shape
-            k, v = (t[:, :, None].expand(b, h, self.shared, n, d).reshape(b, h * self.shared, n, d) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.copied, scale=0.5)
-        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class Rotated(nn.Module):

@@ -177,10 +177,9 @@ def _in_steps(values: Tensor, step: int) -> Tensor:
 def _in_events(groups: tuple[str, ...], limits: Limits) -> tuple[int, int]:
     """Return the minimum and the multiple of a class, counted in steps; wide members alone are rounded, not heads."""
     steps = [limits.steps.get(group, 1) for group in groups]
-    wide = [step for step in steps if step > 1] or [1]
-    return max(-(-limits.minimum // step) for step in steps), max(
-        limits.multiple // gcd(limits.multiple, step) for step in wide
-    )
+    wide = [step for step in steps if step > 1] or [1 for group in groups if group not in limits.unrounded]
+    multiples = [limits.multiple // gcd(limits.multiple, step) for step in wide]
+    return max(-(-limits.minimum // step) for step in steps), max(multiples, default=1)
 
 
 def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:

@@ -46,6 +46,7 @@ class Limits:
     Attributes:
         minimum: Fewest units that stay in each group.
         multiple: Counts are multiples of this (for hardware that likes them), or the whole group.
+        unrounded: Groups to which `multiple` does not apply: numbers of heads are no widths.
         ties: Groups that lose units together.
         steps: How many units such a group loses at a time, if not one: an axis that is as long as heads x head_dim
             loses head_dim units with each head.
@@ -53,6 +54,7 @@ class Limits:
 
     minimum: int = 0
     multiple: int = 1
+    unrounded: frozenset[str] = frozenset()
     ties: tuple[tuple[str, ...], ...] = ()
     steps: Mapping[str, int] = field(default_factory=dict)
 
@@ -85,6 +87,10 @@ class Units(ABC):
             values: One tensor per parameter, of its shape.
             consumed: Count only entries that a unit's consumers multiply it with (the input side of the next layer).
         """
+
+    @abstractmethod
+    def obstacles(self) -> list[str]:
+        """Return why units of this model may not be removed, one reason each."""
 
     def removed(self) -> Kept:
         """Return which units are gone already (True = gone) but still listed; empty if none is."""

@@ -33,6 +33,9 @@ ROLES: dict[Role, str] = {
 }
 """Each role with its meaning."""
 
+COUNTED: frozenset[Role] = frozenset({"head", "kv group", "query head", "expert"})
+"""The roles of which an axis is a number of things that have a width of their own."""
+
 Use = Literal["head", "head dim", "copies", "experts", "recurrent", "convolved", "matrix in", "matrix out"]
 """What an operation uses a dim for: the facts from which roles follow."""
 

@@ -99,6 +99,28 @@ def mobilenet() -> nn.Module:
     )
 
 
+class GroupedQueries(nn.Module):
+    """Attention in which four query heads share two key and value heads.
+
+    Args:
+        copied: Whether keys and values are copied for each query head, or the operation is told of the groups.
+    """
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(12, 20), nn.Linear(12, 10), nn.Linear(12, 10), nn.Linear(20, 3)
+        self.head_dim, self.shared, self.copied = 5, 2, copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, positions, 12) -> (n, positions, 3)."""
+        q, k, v = (f(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.copied:
+            b, h, n, d = k.shape
+            k, v = (t[:, :, None].expand(b, h, self.shared, n, d).reshape(b, h * self.shared, n, d) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.copied, scale=0.5)
+        return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 def densenet() -> nn.Module:
     """Concatenation: one axis is a sum of segments that several layers see."""
     return nn.Sequential(

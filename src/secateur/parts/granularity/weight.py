@@ -44,6 +44,10 @@ class WeightUnits(Units):
         """The shapes of the tensors in scope."""
         return {name: parameter.shape for name, parameter in self._parameters.items()}
 
+    def obstacles(self) -> list[str]:
+        """Return why there is no unit."""
+        return ["no tensor is in scope (widen scope.include, or allow biases)"]
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the tensors in scope."""
         return self._parameters
