@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test test-slow check format clean
 
 install: $(INSTALLED)
 
@@ -20,6 +20,11 @@ demo: $(INSTALLED)
 # Two workers of one thread each: faster than one with two threads, and figures do not depend on thread counts.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+# What takes minutes: all mutants of the rules, thousands of random networks (another SEED draws others).
+SEED ?= 0
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --hypothesis-seed=$(SEED) --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
