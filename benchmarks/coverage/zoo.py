@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.coverage.hugging_face import TYPES, build_type
+from secateur.tasks.zoo import allow_torchvision
 
 TIMM = json.loads((Path(__file__).parent / "timm.json").read_text(encoding="utf-8"))
 """Module family -> (its smallest network, input shape), cheapest first."""
@@ -35,17 +36,6 @@ def build(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, inputs = _BUILDERS[library](network)
     return model.eval(), inputs
-
-
-def allow_torchvision() -> None:
-    """Declare two operators that torchvision's wheel leaves out without CUDA, so that it can be imported."""
-    if hasattr(torch.ops, "torchvision") and hasattr(torch.ops.torchvision, "nms"):
-        return
-    for operator in ("nms", "qnms"):
-        _LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def _timm(network: str) -> tuple[nn.Module, Any]:

@@ -14,6 +14,10 @@ class SecateurError(Exception):
     """Root of all errors that secateur raises on purpose."""
 
 
+MOST_SHOWN = 20
+"""Names that an error lists; a network has hundreds of tensors."""
+
+
 class UnknownName(SecateurError, ValueError):
     """A name that nothing is registered under; the message lists what is."""
 
@@ -21,7 +25,9 @@ class UnknownName(SecateurError, ValueError):
         options = sorted(known)
         near = get_close_matches(name, options, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(options) or 'none'}.")
+        more = f" and {len(options) - MOST_SHOWN} more" if len(options) > MOST_SHOWN else ""
+        shown = ", ".join(options[:MOST_SHOWN]) or "none"
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {shown}{more}.")
 
 
 class InvalidRecipe(SecateurError, ValueError):

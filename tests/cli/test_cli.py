@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,11 +82,58 @@ def test_methods_lists_and_shows_cards(cli):
 
 def test_inspect_shows_axes_and_frozen_dims(cli):
     code, out, _ = cli("inspect", "user_code:make_model", "--shape", "1,3,16,16")
-    assert code == 0 and "blocks.0.conv1" in out and "convolution kernel" in out and "Proof" in out
+    assert code == 0 and "blocks.*.conv1" in out and "convolution kernel" in out and "Proof" in out
     data = json.loads(cli("inspect", "user_code:make_model", "--example", "user_code:make_example", "--json")[1])
     axis = next(a for a in data["axes"] if a["name"] == "fc")
     assert axis == {**axis, "prunable": False, "reason": "output"} and data["permutation_error"] < 1e-5
-    assert "indexed by a number" in cli("inspect", "digits/vit", "--frozen")[1]
+    assert {"tensors", "uncuttable", "ties"} <= data.keys() and axis["macs_share"] < 0.01
+
+
+def test_inspect_folds_repeated_blocks_unless_all_are_asked_for(cli):
+    folded = cli("inspect", "digits/vit")[1]
+    assert "blocks.*.mlp.0" in folded and "4 x 256" in folded and "residual stream" in folded
+    assert "cannot be cut at all: fc.bias (10)" in folded and "indexed by a number" in folded
+    every = cli("inspect", "digits/vit", "--all")[1]
+    assert "blocks.3.mlp.0" in every and "indexed by a number (unbind in blocks.3.attention)" in every
+
+
+def test_inspect_says_why(cli):
+    out = cli("inspect", "digits/vit", "--why", "blocks.1.attention.qkv.weight")[1]
+    assert "192 = 3! x 4 x 16" in out and "taken apart as 3 x 4 x 16 by reshape in blocks.1.attention (networks" in out
+    assert "frozen: indexed by a number (unbind in blocks.1.attention)" in out
+    assert "linear in blocks.1.attention.proj" in out and "blocks.1.attention.proj.weight:1" in out
+    out = cli("inspect", "digits/vit", "--why", "patches")[1]
+    assert "residual branches are added" in out and "blocks.*.mlp.2.weight:0 (4)" in out
+    data = json.loads(cli("inspect", "digits/vit", "--why", "fc.weight", "--json")[1])
+    assert data["dims"][0]["axes"][0] == {**data["dims"][0]["axes"][0], "prunable": False, "reasons": ["output"]}
+    assert {"tensor": "norm.bias", "dim": 0}.items() <= data["dims"][1]["axes"][0]["shared"][-1].items()
+    assert json.loads(cli("inspect", "digits/vit", "--why", "patches", "--json")[1])["begins"] == ["positions", 2]
+
+
+@pytest.fixture
+def fake_timm(monkeypatch):
+    timm = ModuleType("timm")
+    timm.list_models, timm.is_model = lambda: ["tiny"], lambda name: name == "tiny"
+
+    def create_model(name, pretrained):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        model.pretrained_cfg = {"input_size": (3, 4, 4)}
+        return model
+
+    timm.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+
+
+def test_networks_of_libraries_bring_their_inputs(cli, tmp_path, fake_timm):
+    assert "416 MACs for an input of 1x3x4x4" in cli("inspect", "timm:tiny")[1]
+    assert "832 MACs for an input of 2x3x4x4" in cli("inspect", "timm:tiny", "--shape", "2,3,4,4")[1]
+    content = {"model": "timm:tiny", "budget": {"macs": 0.5}, "recipe": {"granularity": "channel"}}
+    code, _, err = cli("prune", recipe(tmp_path, **content), "--out", "small")
+    assert code == 0, err
+    code, _, err = cli("export", "small/model.safetensors", "--build", "timm:tiny", "--format", "pt2")
+    assert code == 0 and (tmp_path / "small" / "model.pt2").exists(), err
+    code, out, err = cli("inspect", "timm:tinny")
+    assert code == 2 and out == "" and "Unknown timm network 'tinny'. Did you mean 'tiny'?" in err
 
 
 def recipe(tmp_path, **content):
@@ -153,6 +201,9 @@ def test_train_writes_weights_and_record(cli, tmp_path):
         (("inspect", "user_code:g", "--shape", "1,2"), "has no 'g'"),
         (("inspect", "user_code", "--shape", "1,2"), "neither module:function nor TASK/NETWORK"),
         (("inspect", "user_code:make_model"), "either --shape, or --example"),
+        (("inspect", "user_code:make_model", "--example", "user_code:no"), "has no 'no'"),
+        (("inspect", "digits/vit", "--why", "fc.weigth"), "Did you mean 'fc.weight'?"),
+        (("inspect", "digits/vit", "--shape", "1,1,24,24"), "has inputs of its own"),
         (("inspect", "user_code:make_model", "--shape", "1,x"), "is not a shape"),
         (("inspect", "user_code:make_model", "--shape", "0,3"), "at least 1"),
         (("inspect", "user_code:make_model", "--shape", "1,5,16,16"), "does not run on the example inputs"),

@@ -100,15 +100,43 @@ def call_object(reference: str) -> Any:
 
 
 def call_for_model(reference: str) -> nn.Module:
-    """Return the network that the function ``module:function`` makes.
+    """Return the network that the function ``module:function`` makes, or one of a library (``timm:resnet50``).
 
     Raises:
         InvalidRecipe: It fails, or returns something else.
     """
+    from secateur.tasks import zoo
+
+    if zoo.is_in_zoo(reference):
+        return zoo.build(reference)
     model = call_object(reference)
     if not hasattr(model, "named_parameters"):
         raise InvalidRecipe(f"{reference!r} must return a torch.nn.Module; it returned {type(model).__name__}.")
     return cast("nn.Module", model)
+
+
+def inputs_for(reference: str, model: nn.Module, shape: str | None, example: str | None) -> Any:
+    """Return example inputs for a network from `call_for_model`.
+
+    Args:
+        reference: What made the network.
+        model: The network.
+        shape: Of the input, in words.
+        example: ``module:function`` that returns the inputs.
+
+    Raises:
+        InvalidRecipe: Both are given, or neither for a network that has no inputs of its own.
+    """
+    import torch
+
+    from secateur.tasks import zoo
+
+    sizes = parse_shape(shape) if shape is not None else None
+    if zoo.is_in_zoo(reference) and example is None:
+        return zoo.example_inputs(reference, model, sizes)
+    if (sizes is None) == (example is None):
+        raise InvalidRecipe("Give the input of the network: either --shape, or --example module:function.")
+    return torch.zeros(sizes) if sizes is not None else call_object(str(example))
 
 
 def import_function(reference: str) -> Callable[..., Any]:

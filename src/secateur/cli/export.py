@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.common import JsonOption, call_for_model, call_object, console, parse_shape, print_json
+from secateur.cli.common import JsonOption, call_for_model, console, inputs_for, print_json
 
 
 class Format(StrEnum):
@@ -20,7 +20,7 @@ class Format(StrEnum):
 
 def command(
     file: Annotated[Path, typer.Argument(help="A .safetensors file that secateur wrote.")],
-    build: Annotated[str, typer.Option(help="module:function that makes the original, unpruned network.")],
+    build: Annotated[str, typer.Option(help="module:function (or timm:NAME ...) that makes the original network.")],
     out: Annotated[Path | None, typer.Option(help="File to write; default: beside FILE.")] = None,
     format: Annotated[Format, typer.Option(help="ONNX, or PyTorch's own .pt2.")] = Format.onnx,
     shape: Annotated[str | None, typer.Option(help="Shape of the input, for example 1,3,224,224.")] = None,
@@ -28,16 +28,11 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Export a saved network to ONNX or .pt2."""
-    import torch
-
     from secateur.api import load
     from secateur.deploy import onnx, torch_export
-    from secateur.errors import InvalidRecipe
 
-    if (shape is None) == (example is None):
-        raise InvalidRecipe("Give the input of the network: either --shape, or --example module:function.")
-    inputs = torch.zeros(parse_shape(shape)) if shape is not None else call_object(str(example))
     model = load(file, lambda: call_for_model(build))
+    inputs = inputs_for(build, model, shape, example)
     exporter = onnx if format is Format.onnx else torch_export
     artifact = exporter.export(model, inputs, out or file.with_suffix(f".{format}"))
     if as_json:

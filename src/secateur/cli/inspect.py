@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from secateur.cli.common import JsonOption, call_for_model, call_object, console, parse_shape, print_json
+from secateur.cli.common import JsonOption, call_for_model, console, inputs_for, print_json
 
 if TYPE_CHECKING:
-    from secateur.structure.structure import Axis, Structure
+    from torch import nn
+
+    from secateur.structure.structure import Structure
+
+NETWORK_HELP = (
+    "module:function, timm:NAME, torchvision:NAME, hf:FOLDER, hf:TYPE (hf:bert), or TASK/NETWORK (digits/vit)."
+)
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="module:function that makes the network, or TASK/NETWORK (digits/vit).")],
+    model: Annotated[str, typer.Argument(help=NETWORK_HELP)],
     shape: Annotated[str | None, typer.Option(help="Shape of the input, for example 1,3,224,224.")] = None,
     example: Annotated[str | None, typer.Option(help="module:function that returns example inputs.")] = None,
-    frozen: Annotated[bool, typer.Option(help="List every frozen axis, not only a count for each reason.")] = False,
+    why: Annotated[str | None, typer.Option(help="Explain this tensor or axis: what it is tied to, and where.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="List every axis: do not fold repeated blocks.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the axes of a network: name, size, members, share of the cost; what is frozen and why."""
-    from secateur.structure.prove import proved_structure
+    """Show the axes of a network: role, size, members, shares of the cost; what is frozen and why."""
+    from secateur.cli import explanation
 
     network, inputs = _model_and_inputs(model, shape, example)
-    structure = proved_structure(network, inputs)
-    verification = structure.verify(network)
-    if as_json:
-        print_json(_as_dict(structure, verification.max_error))
-        return
-    console.print(_axes_table(structure))
-    for tie in structure.ties:
-        names = (f"{name} ({structure.steps[name]} at a time)" if name in structure.steps else name for name in tie)
-        console.print(f"Lose units together: {', '.join(names)}", markup=False)
-    console.print()
-    console.print(_frozen_table(structure, frozen))
-    console.print(
-        f"\nProof: permuting all free axes changes the output by {verification.max_error:.1e} (relative). "
-        f"MACs {structure.macs({}):,}, parameters {structure.params({}):,}."
-    )
+    structure, error = _analyzed(network, inputs)
+    if why is not None:
+        explanation.show(structure, why, as_json)
+    elif as_json:
+        print_json(_as_dict(structure, error))
+    else:
+        _show(structure, model, error, every)
 
 
-def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tuple[Any, Any]:
+def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tuple[nn.Module, Any]:
     import torch
 
     from secateur.errors import InvalidRecipe
@@ -56,62 +57,148 @@ def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tup
         return task.build(network), torch.zeros(1, 1, task.size, task.size)
     if ":" not in model:
         raise InvalidRecipe(f"{model!r} is neither module:function nor TASK/NETWORK, such as digits/resnet8.")
-    if (shape is None) == (example is None):
-        raise InvalidRecipe("Give the input of the network: either --shape, or --example module:function.")
-    return call_for_model(model), torch.zeros(parse_shape(shape)) if shape is not None else call_object(str(example))
+    made = call_for_model(model)
+    return made, inputs_for(model, made, shape, example)
 
 
-def _share(structure: Structure, axis: Axis) -> float:
-    """Return the fraction of the MACs that go away with the second half of the axis, relative to half."""
-    total = structure.macs({})
-    return 2 * (total - structure.macs({axis.name: axis.size // 2})) / total if total else 0.0
+def _analyzed(network: nn.Module, inputs: Any) -> tuple[Structure, float | None]:
+    """Return the structure and the error of its proof; a network that is only a sketch (meta) cannot be proved."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_map
+
+    from secateur.structure.prove import proved_structure
+    from secateur.structure.trace import trace
+
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return trace(network, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)), None
+    structure = proved_structure(network, inputs)
+    return structure, structure.verify(network).max_error
 
 
-def _axes_table(structure: Structure) -> Table:
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _show(structure: Structure, model: str, error: float | None, every: bool) -> None:
+    from secateur.measure.report import count
+    from secateur.structure.explain import uncuttable
+
+    inputs = ", ".join("x".join(map(str, tensor.shape)) for tensor in structure.inputs.tensors())
+    params, lost = structure.params({}), uncuttable(structure)
+    costs = f"{count(params)} parameters, {count(structure.macs({}))} MACs for an input of {inputs}"
+    console.print(f"[bold]{escape(model)}[/]: {costs}", highlight=False)
+    share = 100 * sum(lost.values()) / max(params, 1)
+    where = f": {_some([f'{name} ({count(size)})' for name, size in lost.items()])}" if lost else ""
+    console.print(f"{share:.2g} % of the parameters cannot be cut at all{where}.\n", highlight=False, markup=False)
+    console.print(_axes_table(structure, every))
+    _show_ties(structure)
+    console.print()
+    console.print(_frozen_table(structure, every))
+    if error is None:
+        console.print("\nNot proved: the network is larger than this machine's memory, so it was only traced.")
+    else:
+        console.print(
+            f"\nProof: permuting all free axes changes the output by {error:.1e} (relative).", highlight=False
+        )
+
+
+def _axes_table(structure: Structure, every: bool) -> Table:
+    from secateur.structure.explain import Family, families, shares
+
+    free = structure.prunable
+    rows = [Family(axis.name, (axis,)) for axis in free] if every else families(free)
     table = Table(box=None, pad_edge=False)
-    table.add_column("axis")
-    table.add_column("units", justify="right")
-    table.add_column("tensors", justify="right")
-    table.add_column("share of MACs", justify="right")
-    for axis in structure.prunable:
-        row = (axis.name, str(axis.size), str(len(axis.members)), f"{100 * _share(structure, axis):.1f} %")
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    table.add_column("free axis", overflow="fold")
+    table.add_column("role", no_wrap=True)
+    for heading in ("units", "tensors", "MACs", "params"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    room = max(console.width - OTHER_COLUMNS, 20)
+    for row, share in zip(rows, shares(structure, [row.axes for row in rows]), strict=True):
+        first, n = row.axes[0], len(row.axes)
+        units = f"{n} x {first.size}" if n > 1 else str(first.size)
+        cells = (broken(row.name, room), first.role, units, str(sum(len(axis.members) for axis in row.axes)))
+        table.add_row(*map(escape, cells), f"{100 * share.macs:.1f} %", f"{100 * share.params:.1f} %")
     return table
+
+
+OTHER_COLUMNS = 56
+"""Width of the columns beside the name."""
+
+
+def broken(name: str, width: int) -> str:
+    """Return a dotted name in lines of at most `width` characters, if its parts allow that."""
+    lines = [""]
+    for part in re.findall(r"[^.\[]*[.]?|\[.*", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _show_ties(structure: Structure) -> None:
+    from secateur.structure.explain import common_name, starred
+
+    groups = defaultdict(list)
+    for tie in structure.ties:
+        words = [f"{name} ({structure.steps[name]} at a time)" if name in structure.steps else name for name in tie]
+        groups[tuple(starred(word) for word in words)].append(words)
+    for ties in groups.values():
+        names = ", ".join(common_name(column) for column in zip(*ties, strict=True))
+        times = f" ({len(ties)} times)" if len(ties) > 1 else ""
+        console.print(f"Lose units together{times}: {names}", markup=False, highlight=False)
 
 
 def _frozen_table(structure: Structure, every: bool) -> Table:
-    table = Table(box=None, pad_edge=False)
     from secateur.measure.report import short_reason
+    from secateur.structure.explain import families
 
+    table = Table(box=None, pad_edge=False)
     axes = [axis for axis in structure.axes if not axis.prunable]
     if every:
-        table.add_column("frozen axis")
-        table.add_column("reason", overflow="fold")
+        table.add_column("frozen axis", overflow="fold")
+        table.add_column("units", justify="right")
+        table.add_column("why", overflow="fold")
         for axis in axes:
-            table.add_row(axis.name.replace("[", "\\["), axis.reason)
+            table.add_row(escape(axis.name), str(axis.size), escape(axis.reason))
         return table
-    table.add_column("frozen axes", justify="right")
-    table.add_column("reason", overflow="fold")
-    reasons = Counter(short_reason(axis.reason) for axis in axes)
-    for reason, n in reasons.most_common():
-        table.add_row(str(n), reason)
+    table.add_column("frozen", justify="right")
+    table.add_column("why", overflow="fold")
+    table.add_column("for example", overflow="fold")
+    groups = defaultdict(list)
+    for axis in axes:
+        groups[short_reason(axis.reason)].append(axis)
+    for reason, members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        table.add_row(str(len(members)), escape(reason), escape(_some([f.name for f in families(members)], 2)))
     return table
 
 
-def _as_dict(structure: Structure, error: float) -> dict[str, Any]:
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _as_dict(structure: Structure, error: float | None) -> dict[str, Any]:
+    from secateur.structure.explain import expression, shares, uncuttable
+
+    cost = shares(structure, [[axis] for axis in structure.axes])
     return {
         "axes": [
             {
                 "name": axis.name,
+                "role": axis.role,
                 "size": axis.size,
                 "members": [list(member) for member in axis.members],
                 "prunable": axis.prunable,
                 "reason": axis.reason,
-                "macs_share": round(_share(structure, axis), 6),
+                "macs_share": round(share.macs, 6),
+                "params_share": round(share.params, 6),
             }
-            for axis in structure.axes
+            for axis, share in zip(structure.axes, cost, strict=True)
         ],
+        "tensors": {name: [expression(dim) for dim in dims] for name, dims in structure.tensors.items()},
         "ties": [{name: structure.steps.get(name, 1) for name in tie} for tie in structure.ties],
+        "uncuttable": uncuttable(structure),
         "permutation_error": error,
         "macs": structure.macs({}),
         "params": structure.params({}),

@@ -41,7 +41,7 @@ def _options(
 def run() -> None:
     """Run the command line; an error that we know is one line and exit code 2."""
     try:
-        app()
+        app(prog_name="secateur")
     except SecateurError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_one_line(error)}", highlight=False)
         sys.exit(2)

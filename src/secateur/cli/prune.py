@@ -17,7 +17,7 @@ from secateur.cli.common import (
     check_folder,
     console,
     import_function,
-    parse_shape,
+    inputs_for,
     print_json,
     training_progress,
 )
@@ -34,9 +34,9 @@ class RunFile(Value):
     Attributes:
         task: A task of secateur; instead of model, data and example.
         network: A network of the task.
-        model: ``module:function`` that makes the network, trained.
+        model: ``module:function`` that makes the network, trained; or ``timm:NAME``, ``hf:FOLDER`` ...
         data: ``module:function`` that returns training batches, or a pair (training, validation).
-        example: ``module:function`` that returns example inputs, or a shape.
+        example: ``module:function`` that returns example inputs, or a shape; networks of libraries have their own.
         loss: ``module:function(output, target)``; default: cross-entropy, or the model's own.
         method: A method's name.
         budget: One of macs, params, sparsity, bytes, latency_ms.
@@ -133,10 +133,9 @@ def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
 
 def _subject(run: RunFile) -> dict[str, Any]:
     """Return model, example inputs, training and validation batches, and a test metric if there is one."""
-    import torch
-
     from secateur.tasks import find_task
     from secateur.tasks.reference import load_reference
+    from secateur.tasks.zoo import is_in_zoo
 
     if (run.task is None) == (run.model is None):
         raise InvalidRecipe("A recipe file names either a task, or a model (module:function) with data and example.")
@@ -157,15 +156,16 @@ def _subject(run: RunFile) -> dict[str, Any]:
             "test": task.test_accuracy,
             "loss": task.loss,
         }
-    if run.example is None:
+    if run.example is None and not is_in_zoo(str(run.model)):
         raise InvalidRecipe("A model needs example: a shape such as [1, 3, 224, 224], or module:function.")
     data = call_object(run.data) if run.data is not None else None
     train, validation = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-    is_function = isinstance(run.example, str) and ":" in run.example
-    written = ",".join(map(str, run.example)) if isinstance(run.example, tuple) else str(run.example)
+    written = ",".join(map(str, run.example)) if isinstance(run.example, tuple) else run.example
+    is_function = written is not None and ":" in written
+    model = call_for_model(str(run.model))
     return {
-        "model": call_for_model(str(run.model)),
-        "example": call_object(written) if is_function else torch.zeros(parse_shape(written)),
+        "model": model,
+        "example": inputs_for(str(run.model), model, *((None, written) if is_function else (written, None))),
         "train": train,
         "validation": validation,
         "test": None,

@@ -19,7 +19,7 @@ from secateur.structure.structure import Axis, Structure
 
 @dataclass(frozen=True)
 class Member:
-    """A dim of a tensor that holds an axis, and the place that tied it to the axis' first member (which has none)."""
+    """A dim of a tensor that holds an axis, and the place that tied it to the member that was asked about."""
 
     tensor: str
     dim: int
@@ -70,15 +70,21 @@ def explain_tensor(structure: Structure, name: str) -> tuple[DimFacts, ...]:
     )
 
 
-def explain_axis(structure: Structure, name: str) -> tuple[Member, ...]:
-    """Return all members of an axis with the places that tied them to the first.
+def explain_axis(structure: Structure, axis: Axis, seen_from: tuple[str, int] | None = None) -> tuple[Member, ...]:
+    """Return the other members of an axis with the places that tied them to one of them.
 
-    Raises:
-        KeyError: No such axis.
+    Args:
+        structure: What `trace` found.
+        axis: One of its axes.
+        seen_from: A member; default: the first.
     """
-    axis = structure.axis(name)
-    ways = [_way(structure.tensors[tensor][dim], axis.leaf) for tensor, dim in axis.members]
-    return tuple(Member(*member, _meeting(ways[0], way)) for member, way in zip(axis.members, ways, strict=True))
+    start = seen_from or axis.members[0]
+    own = _way(structure.tensors[start[0]][start[1]], axis.leaf)
+    return tuple(
+        Member(tensor, dim, _meeting(own, _way(structure.tensors[tensor][dim], axis.leaf)))
+        for tensor, dim in axis.members
+        if (tensor, dim) != start
+    )
 
 
 def expression(dim: Dim) -> str:
@@ -188,15 +194,22 @@ class Family:
 
 
 def families(axes: Iterable[Axis]) -> list[Family]:
-    """Return axes in groups: equal but for numbers in their names, of one size, one kind and one reason."""
+    """Return axes in groups: equal but for numbers in their names and reasons, of one size and one role."""
     groups: dict[tuple[object, ...], list[Axis]] = defaultdict(list)
     for axis in axes:
-        alike = (re.sub(r"\d+", "*", axis.name), axis.size, axis.prunable, re.sub(r" \(.*?\)", "", axis.reason))
-        groups[alike].append(axis)
+        groups[starred(axis.name), axis.size, axis.role, starred(axis.reason)].append(axis)
     return [Family(common_name([axis.name for axis in group]), tuple(group)) for group in groups.values()]
 
 
+_NUMBER = r"(?<![\w:])(\d+)(?=[.:\[ ]|$)"  # of a block in a path: the 3 of blocks.3.fc1:0, not the 1
+
+
+def starred(name: str) -> str:
+    """Return a name with stars for the numbers of blocks: names of repeated blocks become equal."""
+    return re.sub(_NUMBER, "*", name)
+
+
 def common_name(names: Sequence[str]) -> str:
-    """Return names that differ in numbers as one: the numbers that differ become stars."""
-    split = [re.split(r"(\d+)", name) for name in names]
+    """Return names that are equal when `starred` as one: the numbers that differ become stars."""
+    split = [re.split(_NUMBER, name) for name in names]
     return "".join(pieces[0] if len(set(pieces)) == 1 else "*" for pieces in zip(*split, strict=True))
