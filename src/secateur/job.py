@@ -69,7 +69,7 @@ class Job:
         return Pruned(
             model=model.eval(),
             masks=units.masks if isinstance(units, WeightUnits) else {},
-            structure_plan=structured.plan if structured else Plan(),
+            structure_plan=structured.finish(model) if structured else Plan(),
             before=self.before,
             after=profile(model, self.inputs),
             recipe=self.recipe,

@@ -50,12 +50,20 @@ class AttributeChange(BaseModel):
 
 
 class Plan(BaseModel):
-    """What remains of a model; only tensors and axes that the cut touches are listed."""
+    """What remains of a model; only tensors and axes that the cut touches are listed.
+
+    Attributes:
+        axes: The axes that lost units.
+        tensors: The parameters and buffers that become smaller.
+        attributes: The integers that follow.
+        note: What the model's configuration cannot express, in words that are written into it; empty if nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
     axes: dict[str, AxisCut] = {}
     tensors: dict[str, TensorCut] = {}
     attributes: tuple[AttributeChange, ...] = ()
+    note: str = ""
 
     def indices(self, tensor: str) -> tuple[Tensor | None, ...]:
         """Return, for each dim of a tensor, the indices that remain; None where all do."""

@@ -12,16 +12,25 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.structure.dims import Dim, size_under
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer attribute of a module: ``path`` is ``module.name``, ``index`` its place in a tuple, or None."""
+    """An integer that a module holds: its own attribute, or one of an object that it holds (``config.hidden_size``).
+
+    Attributes:
+        module: The module's path.
+        name: The attribute's name, with dots if it lies in an object.
+        index: Its place, if it stands in a tuple or list.
+    """
 
     module: str
     name: str
@@ -151,23 +160,43 @@ def expression_of(value: int) -> Expression:
 
 @contextmanager
 def traced_attributes(model: nn.Module, on_value_read: Callable[[Expression], None]) -> Iterator[None]:
-    """Replace every integer attribute of every module by a `TracedInt`, and restore the originals at the end."""
+    """Replace every integer that a module holds by a `TracedInt`, and restore the originals at the end."""
     originals: list[tuple[dict[str, Any], str, Any]] = []
-    seen: set[int] = set()
     try:
-        for path, module in model.named_modules():
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            for name, value in list(vars(module).items()):
-                traced = _trace_value(path, name, value, on_value_read)
+        for path, prefix, namespace in _namespaces(model):
+            for name, value in list(namespace.items()):
+                traced = _trace_value(path, prefix + name, value, on_value_read)
                 if traced is not value:
-                    originals.append((vars(module), name, value))
-                    vars(module)[name] = traced
+                    originals.append((namespace, name, value))
+                    namespace[name] = traced
         yield
     finally:
         for namespace, name, value in originals:
             namespace[name] = value
+
+
+def _namespaces(model: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield module path, prefix and attributes of each module, and of the objects that it holds; shared ones once."""
+    seen: set[int] = set()
+
+    def visit(path: str, prefix: str, holder: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
+        yield path, prefix, vars(holder)
+        for name, value in list(vars(holder).items()):
+            if is_settings(value) and not name.startswith("_"):
+                yield from visit(path, f"{prefix}{name}.", value)
+
+    for path, module in model.named_modules():
+        yield from visit(path, "", module)
+
+
+def is_settings(value: Any) -> bool:
+    """Return whether a value is an object that could hold settings: a configuration, a namespace, a dataclass."""
+    if isinstance(value, nn.Module | Tensor | type | Enum | ModuleType) or callable(value):
+        return False
+    return hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 
 
 def _trace_value(path: str, name: str, value: Any, on_value_read: Callable[[Expression], None]) -> Any:
@@ -179,18 +208,37 @@ def _trace_value(path: str, name: str, value: Any, on_value_read: Callable[[Expr
     return value
 
 
+def held_numbers(model: nn.Module) -> Iterator[tuple[Attribute, int | float]]:
+    """Yield every number that a module, or an object that it holds, has as an attribute."""
+    for path, prefix, namespace in _namespaces(model):
+        for name, value in namespace.items():
+            if _is_number(value):
+                yield Attribute(path, prefix + name), value
+            elif type(value) in (tuple, list) and all(map(_is_number, value)):
+                yield from ((Attribute(path, prefix + name, i), item) for i, item in enumerate(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_attribute(model: nn.Module, attribute: Attribute) -> int:
     """Return the present value of an attribute."""
-    value = getattr(model.get_submodule(attribute.module), attribute.name)
+    value = getattr(_holder(model, attribute), attribute.name.rpartition(".")[2])
     return int(value if attribute.index is None else value[attribute.index])
 
 
 def write_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
     """Set an attribute; mutates `model`."""
-    module = model.get_submodule(attribute.module)
+    holder, name = _holder(model, attribute), attribute.name.rpartition(".")[2]
     if attribute.index is None:
-        setattr(module, attribute.name, value)
+        vars(holder)[name] = value  # not by setattr: some configurations are frozen
     else:
-        old = getattr(module, attribute.name)
-        items = [value if i == attribute.index else item for i, item in enumerate(old)]
-        setattr(module, attribute.name, type(old)(items))
+        old = getattr(holder, name)
+        vars(holder)[name] = type(old)(value if i == attribute.index else item for i, item in enumerate(old))
+
+
+def _holder(model: nn.Module, attribute: Attribute) -> Any:
+    path = attribute.name.rpartition(".")[0]
+    module = model.get_submodule(attribute.module)
+    return attrgetter(path)(module) if path else module

@@ -22,6 +22,11 @@ from secateur.structure.plan import AttributeChange, AxisCut, Plan, TensorCut, e
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
 
+FIELD = "config"
+"""The attribute in which models keep what they were built from."""
+NOTE = "pruned_by_secateur"
+"""The field of a configuration that says what its others cannot express."""
+
 # Sizes that PyTorch's layers store beside their weights: (layer, attribute, tensor, dim).
 _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Linear, "out_features", "weight", 0),
@@ -81,6 +86,13 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         write_attribute(model, Attribute(change.module, change.name, change.index), change.after)
     _repair_layers(model)
     close_attention(model)
+    write_note(model, plan)
+
+
+def write_note(model: nn.Module, plan: Plan) -> None:
+    """Let the configuration say what it cannot express, if there is such a thing; mutates `model`."""
+    if plan.note:
+        vars(getattr(model, FIELD))[NOTE] = plan.note
 
 
 def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:
@@ -147,6 +159,17 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 f"The plan does not fit this model: it expects {attribute} = {change.before}, got {found_value}. "
                 "Pass the constructor of the network that was pruned, with the same settings."
             )
+
+
+def layer_size(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
+    """Return the tensor and the dim whose size a layer of PyTorch's keeps in an attribute; None if it is no such."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 and name in ("in_channels", "out_channels"):
+        return module.weight, int((name == "in_channels") != module.transposed)
+    for layer, attribute, tensor, dim in _LAYER_SIZES:
+        value = getattr(module, tensor, None) if isinstance(module, layer) and attribute == name else None
+        if isinstance(value, Tensor):
+            return value, dim
+    return None
 
 
 def _repair_layers(model: nn.Module) -> None:

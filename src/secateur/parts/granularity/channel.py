@@ -18,6 +18,7 @@ from secateur.structure.inputs import Inputs, as_inputs, state_of
 from secateur.structure.plan import Plan
 from secateur.structure.prove import proved_keep, proved_structure
 from secateur.structure.roles import COUNTED, ROLES, Role
+from secateur.structure.settings import read_settings
 from secateur.structure.structure import Axis, Structure
 from secateur.structure.surgery import make_plan
 from secateur.structure.verify import Verification
@@ -85,6 +86,7 @@ class ChannelUnits(Units):
         self.limits = Limits(minimum, multiple, counted, self.structure.ties, self.structure.steps)
         self.proofs: list[Verification] = []
         self.companions = ALONE
+        self._settings = read_settings(model)
         self._kept = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in self.structure.prunable}
 
     @property
@@ -96,6 +98,12 @@ class ChannelUnits(Units):
     def plan(self) -> Plan:
         """What remains of the unpruned model."""
         return make_plan(self.dense_structure, self._kept)
+
+    def finish(self, small: nn.Module) -> Plan:
+        """Return what remains, after letting the configuration of the final network say so; mutates `small`."""
+        if self._settings is None or not self.plan.axes:
+            return self.plan
+        return self._settings.state(small, self.dense_structure, self.plan)
 
     def obstacles(self) -> list[str]:
         """Return why the axes of the asked roles are frozen."""
