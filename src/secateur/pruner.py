@@ -229,7 +229,7 @@ def _check_recovery(job: Job) -> None:
 
 
 def _checked_optimizers(optimizers: Optimizer | Sequence[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
-    several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    several = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in several:
         if not isinstance(optimizer, Optimizer):
