@@ -15,7 +15,7 @@ from secateur.core.budget import Budget
 from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
 from secateur.core.units import Units
-from secateur.errors import InvalidInputs, InvalidRecipe, NothingPrunable
+from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NothingPrunable
 from secateur.measure.profile import Profile, profile
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.weight import WeightUnits
@@ -24,6 +24,9 @@ from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
 from secateur.training.fabric import share_data
 from secateur.training.loop import History
+
+ROUNDING = 1e-9
+"""Of a share times a cost."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,20 @@ class Job:
         )
 
     def result(self, run: engine.Run, model: nn.Module, history: History) -> Pruned:
-        """Return the result of a finished run; `model` is its network."""
-        units = run.units
+        """Return the result of a finished run; `model` is its network.
+
+        Raises:
+            BudgetUnreachable: The network, counted anew, costs more than was allowed.
+        """
+        units, after = run.units, profile(model, self.inputs)
+        self._check_cost(units, after)
         structured = units if isinstance(units, ChannelUnits) else None
         return Pruned(
             model=model.eval(),
             masks=units.masks if isinstance(units, WeightUnits) else {},
             structure_plan=structured.finish(model) if structured else Plan(),
             before=self.before,
-            after=profile(model, self.inputs),
+            after=after,
             recipe=self.recipe,
             budget=self.budget,
             seed=self.seed,
@@ -81,6 +89,19 @@ class Job:
             proofs=tuple(structured.proofs) if structured else (),
             inputs=self.inputs,
         )
+
+    def _check_cost(self, units: Units, after: Profile) -> None:
+        """Compare what was predicted with what is counted: a network that only should be small is no success."""
+        kind = self.budget.kind
+        if kind in ("sparsity", "latency_ms") or not isinstance(units, ChannelUnits):
+            return
+        allowed = self.budget.target(getattr(self.before, kind)) * (1 + self.budget.tolerance)
+        found = getattr(after, kind)
+        if found > allowed * (1 + ROUNDING):
+            raise BudgetUnreachable(
+                f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: some operation costs "
+                "more than the analysis says. Ask for another kind of budget (params, macs, bytes), and report this."
+            )
 
 
 def make_job(

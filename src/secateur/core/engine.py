@@ -60,7 +60,7 @@ class Run:
 
     Raises:
         NothingPrunable: There is no unit.
-        BudgetUnreachable: The budget allows everything, or less than the smallest network.
+        BudgetUnreachable: The network meets the budget already, or the budget allows less than the smallest network.
         MissingCheckpoint: The recipe asks for weights that are not given.
     """
 
@@ -82,7 +82,8 @@ class Run:
             )
         self.recipe, self.units, self.budget, self.seed = recipe, units, budget, seed
         self._cost_of, self._data, self._loss, self._checkpoints = cost_of, data, loss, checkpoints
-        self._dense, self._target = _target(units, budget, cost_of(units))
+        live = units.alive() if recipe.weights_from == "same" else units.counts()
+        self._dense, self._target = _target(units, live, budget, cost_of(units))
         for key in {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}:
             _checkpoint(checkpoints, key)
         self.levels = recipe.schedule.levels(self._target / self._dense)
@@ -126,13 +127,15 @@ def run(pruning: Run, recover: Recover) -> list[Round]:
     return pruning.rounds
 
 
-def _target(units: Units, budget: Budget, cost: Cost) -> tuple[float, float]:
+def _target(units: Units, live: Mapping[str, int], budget: Budget, cost: Cost) -> tuple[float, float]:
     """Return the cost of the unpruned network and the allowed cost, after checking that it can be met."""
     dense, smallest = cost(units.counts()), cost(fewest(units.counts(), units.limits))
     target = budget.target(dense)
-    if target >= dense:
+    present = cost(live)
+    if target >= present:
         raise BudgetUnreachable(
-            f"The network already meets the budget: it costs {dense:,.6g} of {target:,.6g} allowed."
+            f"The network already meets the budget of {budget}: it costs {present:,.6g} of {target:,.6g} allowed, so "
+            "that nothing would be removed. Ask for less."
         )
     if smallest > target * (1 + budget.tolerance):
         raise BudgetUnreachable(

@@ -118,6 +118,10 @@ class Units(ABC):
         gone = self.removed()
         return {g: shape.numel() - (int(gone[g].sum()) if g in gone else 0) for g, shape in self.shapes.items()}
 
+    def alive(self) -> dict[str, int]:
+        """Return the number of units in each group whose removal would change something; default: all that are left."""
+        return self.counts()
+
     def check(self, scores: Scores) -> None:
         """Refuse scores that do not fit.
 

@@ -60,6 +60,10 @@ class WeightUnits(Units):
         """Return the entries that are masked."""
         return {name: ~mask for name, mask in self.masks.items()}
 
+    def alive(self) -> dict[str, int]:
+        """Return the number of entries that are not zero: a network may have been pruned before."""
+        return {name: int(parameter.count_nonzero()) for name, parameter in self._parameters.items()}
+
     def keep(self, kept: Kept) -> bool:
         """Zero all other entries; always possible."""
         self.masks = kept
