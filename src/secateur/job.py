@@ -17,7 +17,7 @@ from secateur.core.recipe import Recipe
 from secateur.core.units import Units
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NothingPrunable
 from secateur.measure.profile import Profile, profile
-from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.pruned import Pruned
 from secateur.structure.inputs import Inputs, as_inputs
@@ -73,7 +73,7 @@ class Job:
         """
         units, after = run.units, profile(model, self.inputs)
         self._check_cost(units, after)
-        structured = units if isinstance(units, ChannelUnits) else None
+        structured = units if isinstance(units, CutUnits) else None
         return Pruned(
             model=model.eval(),
             masks=units.masks if isinstance(units, WeightUnits) else {},
@@ -93,7 +93,7 @@ class Job:
     def _check_cost(self, units: Units, after: Profile) -> None:
         """Compare what was predicted with what is counted: a network that only should be small is no success."""
         kind = self.budget.kind
-        if kind in ("sparsity", "latency_ms") or not isinstance(units, ChannelUnits):
+        if kind in ("sparsity", "latency_ms") or not isinstance(units, CutUnits):
             return
         allowed = self.budget.target(getattr(self.before, kind)) * (1 + self.budget.tolerance)
         found = getattr(after, kind)

@@ -84,6 +84,7 @@ def _page(pruned: Pruned) -> Page:
         Tile,
         change,
         count,
+        depth_section,
         frozen_section,
         training_figure,
         widths_section,
@@ -92,7 +93,8 @@ def _page(pruned: Pruned) -> Page:
     before, after = pruned.before, pruned.after
     sections = [_costs(pruned)]
     if pruned.structure is not None:
-        sections.append(widths_section(pruned.structure, pruned.structure_plan))
+        section = depth_section if pruned.structure_plan.dropped else widths_section
+        sections.append(section(pruned.structure, pruned.structure_plan))
     if pruned.history:
         sections.append(Section("Recovery", figure=training_figure({"pruned": pruned.history})))
     if pruned.structure is not None:

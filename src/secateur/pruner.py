@@ -20,7 +20,7 @@ from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, PlanMismatch
 from secateur.job import Job, make_job
-from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.pruned import Pruned
 from secateur.structure.carry import Companions
@@ -105,7 +105,7 @@ class Pruner:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._run = self._job.start(model, data, loss, checkpoints)
-        if isinstance(self._run.units, ChannelUnits):
+        if isinstance(self._run.units, CutUnits):
             self._run.units.companions = self._companions
 
     @property
@@ -159,7 +159,7 @@ class Pruner:
             "recipe": self._job.recipe.hash,
             "steps": self.steps,
             "rounds": [asdict(done) for done in self.rounds],
-            "plan": units.plan.model_dump(mode="json") if isinstance(units, ChannelUnits) else None,
+            "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits) else None,
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
         }
 
@@ -176,11 +176,8 @@ class Pruner:
                 "optimizers and a Pruner with the same settings, then load."
             )
         kept: dict[str, Tensor] = dict(state["masks"])
-        if state["rounds"] and isinstance(units, ChannelUnits):
-            plan = parse_plan(state["plan"])
-            kept = {group: torch.ones(shape, dtype=torch.bool) for group, shape in units.shapes.items()}
-            for name, axis in plan.axes.items():
-                kept[name] = torch.zeros(axis.size, dtype=torch.bool).index_fill_(0, torch.tensor(axis.kept), True)
+        if state["rounds"] and isinstance(units, CutUnits):
+            kept = units.kept_in(parse_plan(state["plan"]))
         if state["rounds"] and ({g: m.shape for g, m in kept.items()} != dict(units.shapes) or not units.keep(kept)):
             raise PlanMismatch("This state is of another model: its units are not those of this one.")
         self.steps = state["steps"]

@@ -10,8 +10,8 @@ import torch
 from secateur.core.units import Cost, Units
 from secateur.errors import NotApplicable
 from secateur.measure.latency import compare_latency, measure_latency
-from secateur.parts.granularity.channel import ChannelUnits
-from secateur.structure.surgery import cut_copy, make_plan
+from secateur.parts.granularity.cut import CutUnits
+from secateur.structure.surgery import cut_copy
 
 
 @singledispatch
@@ -24,20 +24,19 @@ def latency_cost(units: Units) -> Cost:
 
 
 @latency_cost.register
-def _(units: ChannelUnits) -> Cost:
-    structure, model = units.structure, units.model
-    whole = measure_latency(model, structure.inputs).p50_ms
+def _(units: CutUnits) -> Cost:
+    model, inputs, sizes = units.model, units.inputs, {group: shape.numel() for group, shape in units.shapes.items()}
+    whole = measure_latency(model, inputs).p50_ms
 
     @cache
-    def shares(widths: tuple[tuple[str, int], ...]) -> float:
-        kept = {name: torch.arange(structure.axis(name).size) < count for name, count in widths}
-        small = cut_copy(model, make_plan(structure, kept))
-        both = compare_latency({"whole": model, "small": small}, structure.inputs)
+    def shares(counts: tuple[tuple[str, int], ...]) -> float:
+        small = cut_copy(model, units.plan_of({group: torch.arange(sizes[group]) < count for group, count in counts}))
+        both = compare_latency({"whole": model, "small": small}, inputs)
         return both["small"].p50_ms / both["whole"].p50_ms
 
     def cost(counts: Mapping[str, int]) -> float:
-        """Time a network of these widths beside the whole one, so that a machine's moods cancel out."""
-        if all(count == structure.axis(name).size for name, count in counts.items()):
+        """Time a network of these sizes beside the whole one, so that a machine's moods cancel out."""
+        if all(count == sizes[group] for group, count in counts.items()):
             return whole
         return whole * shares(tuple(counts.items()))
 

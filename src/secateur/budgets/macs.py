@@ -9,6 +9,7 @@ from secateur.core.units import Cost, LinearCost, Units
 from secateur.errors import NotApplicable
 from secateur.measure.profile import count_macs
 from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.depth import DepthUnits
 from secateur.parts.granularity.weight import WeightUnits
 
 
@@ -26,6 +27,11 @@ def _(units: ChannelUnits) -> Cost:
         return structure.macs(counts)
 
     return cost
+
+
+@macs_cost.register
+def _(units: DepthUnits) -> Cost:
+    return units.cost({branch.name: branch.macs for branch in units.structure.branches}, units.structure.macs({}))
 
 
 @macs_cost.register

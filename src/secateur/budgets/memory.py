@@ -9,6 +9,7 @@ from math import prod
 from secateur.core.units import Cost, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.depth import DepthUnits
 from secateur.structure.dims import size_under
 from secateur.structure.inputs import state_of
 
@@ -34,3 +35,13 @@ def _(units: ChannelUnits) -> Cost:
         )
 
     return cost
+
+
+@bytes_cost.register
+def _(units: DepthUnits) -> Cost:
+    tensors = state_of(units.model)
+    sizes = {
+        b.name: sum(n * tensors[name].element_size() for name, n in units.numel(b).items())
+        for b in units.structure.branches
+    }
+    return units.cost(sizes, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))

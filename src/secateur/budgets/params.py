@@ -8,6 +8,7 @@ from functools import singledispatch
 from secateur.core.units import Cost, LinearCost, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.depth import DepthUnits
 from secateur.parts.granularity.weight import WeightUnits
 
 
@@ -30,6 +31,15 @@ def _(units: ChannelUnits) -> Cost:
         return structure.params(counts)
 
     return cost
+
+
+@params_cost.register
+def _(units: DepthUnits) -> Cost:
+    parameters = units.structure.parameters
+    sizes = {
+        b.name: sum(n for name, n in units.numel(b).items() if name in parameters) for b in units.structure.branches
+    }
+    return units.cost(sizes, units.structure.params({}))
 
 
 @params_cost.register

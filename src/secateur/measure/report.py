@@ -212,6 +212,16 @@ def widths_section(structure: Structure, plan: Plan) -> Section:
     )
 
 
+def depth_section(structure: Structure, plan: Plan) -> Section:
+    """Return the section on the residual branches: what was dropped, and what could not be."""
+    dropped = {drop.module for drop in plan.dropped}
+    rows = []
+    for branch in structure.branches:
+        gone = any(path in dropped for path, _ in branch.modules)
+        rows.append((branch.name, count(branch.macs), "dropped" if gone else branch.reason or "kept"))
+    return Section("Residual branches", table=Table(("branch", "MACs", ""), rows, text_columns=(0, 2)))
+
+
 def frozen_section(structure: Structure) -> Section:
     """Return the section on what was frozen and why."""
     return Section(

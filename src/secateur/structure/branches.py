@@ -6,7 +6,7 @@ which the other operand was computed, and the sum itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.structure.history import ModuleCall
@@ -19,12 +19,14 @@ class Addition:
 
     Attributes:
         total: The sum.
+        stream: The operand that is not the branch.
         start: The value of the stream from which the branch was computed.
         branch: The branch.
         argument: Which argument of the addition the branch is.
     """
 
     total: int
+    stream: int
     start: int
     branch: int
     argument: str
@@ -33,16 +35,23 @@ class Addition:
 def residual_additions(tracer: Tracer) -> list[Addition]:
     """Return the additions of branches in order: between stream and sum, at least one contraction happens."""
     found = []
-    stream_of: dict[int, int] = {}  # the first value of the stream that a sum belongs to
+    previous: dict[int, int] = {}  # sum -> the value of the stream to which a branch was added
     for total, a, b in _sums(tracer):
         for argument, stream, branch in sorted((("other", a, b), ("self", b, a)), key=lambda reading: reading[1]):
-            first = stream_of.get(stream, stream)
-            start = _start(tracer, branch, first, stream_of)
+            start = _start(tracer, branch, _stream(stream, previous))
             if start is not None:
-                stream_of[total] = first
-                found.append(Addition(total, start, branch, argument))
+                previous[total] = stream
+                found.append(Addition(total, stream, start, branch, argument))
                 break
     return found
+
+
+def _stream(value: int, previous: Mapping[int, int]) -> list[int]:
+    """Return a value of a stream and all before it, latest first."""
+    values = [value]
+    while values[-1] in previous:
+        values.append(previous[values[-1]])
+    return values
 
 
 def _sums(tracer: Tracer) -> Iterator[tuple[int, int, int]]:
@@ -53,13 +62,14 @@ def _sums(tracer: Tracer) -> Iterator[tuple[int, int, int]]:
             yield total, a, b
 
 
-def _start(tracer: Tracer, branch: int, first: int, stream_of: Mapping[int, int]) -> int | None:
+def _start(tracer: Tracer, branch: int, stream: Sequence[int]) -> int | None:
     """Return the latest value of a stream from which the branch was computed, if by way of a contraction."""
+    candidates = set(stream)
     contracted = False
     for value in tracer.history.before(branch):
-        if value < first:
+        if value < stream[-1]:
             return None
-        if stream_of.get(value, value) == first:
+        if value in candidates:
             return value if contracted else None
         contracted = contracted or tracer.history.values[value].operation in tracer.multiply_adds
     return None

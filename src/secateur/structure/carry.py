@@ -73,13 +73,17 @@ def cut_in_place(model: nn.Module, plan: Plan, companions: Companions = ALONE) -
     for copied in companions.copies:
         cut_in_place(copied, plan)
     after = dict(model.named_parameters())
-    names = {id(old): name for name, old in before.items() if after[name] is not old}
+    names = {id(old): name for name, old in before.items() if name in after and after[name] is not old}
+    gone = {id(old) for name, old in before.items() if name not in after}
     for name in names.values():
         _carry_parameter(name, before[name], after[name], plan)
     for optimizer in companions.optimizers:
         for group in optimizer.param_groups:
             # The list stays the same object: some optimizers and wrappers hold it.
-            group["params"][:] = [after[names[id(p)]] if id(p) in names else p for p in group["params"]]
+            stay = [p for p in group["params"] if id(p) not in gone]
+            group["params"][:] = [after[names[id(p)]] if id(p) in names else p for p in stay]
+        for old in [old for old in optimizer.state if id(old) in gone]:
+            del optimizer.state[old]
         for old in [old for old in optimizer.state if id(old) in names]:
             name = names[id(old)]
             state = _cut_state(optimizer.state.pop(old), old.shape, plan.indices(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -12,12 +13,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of a module: it ran the operations from number `start` up to, not including, `stop`."""
+    """One call of a module: it ran the operations from number `start` up to, not including, `stop`.
+
+    Attributes:
+        name: The module's path.
+        number: Which call it is in the history.
+        parent: The call that it is a part of.
+        last: The number of the last call that is a part of it.
+        entries: Length of the tuple or list that it returned; None if it returned a tensor; 0 if neither, or if no
+            tensor comes first.
+    """
 
     name: str
-    start: int
+    number: int
     parent: ModuleCall | None
+    start: int
     stop: int = 0
+    last: int = 0
+    entries: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -67,17 +80,22 @@ class History:
 
     def enter(self, name: str) -> None:
         """Note that a module begins."""
-        self._inside.append(ModuleCall(name, self.operations, self._inside[-1] if self._inside else None))
+        parent = self._inside[-1] if self._inside else None
+        self._inside.append(ModuleCall(name, len(self.calls), parent, self.operations))
         self.calls.append(self._inside[-1])
 
-    def leave(self) -> None:
+    def leave(self, output: Any) -> None:
         """Note that the innermost module ends."""
-        self._inside.pop().stop = self.operations
+        call = self._inside.pop()
+        call.stop, call.last = self.operations, len(self.calls) - 1
+        if isinstance(output, Tensor):
+            call.entries = None
+        elif type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+            call.entries = len(output)
 
-    def value_of(self, tensor: Tensor) -> int | None:
-        """Return the number of the value that a tensor holds; None for parameters and constants."""
-        number: int | None = self._value_of.get(tensor)
-        return number
+    def within(self, call: ModuleCall) -> list[ModuleCall]:
+        """Return a call and all calls that are parts of it."""
+        return self.calls[call.number : call.last + 1]
 
     def before(self, number: int) -> Iterator[int]:
         """Yield a value and all that it was computed from, latest first."""

@@ -70,8 +70,10 @@ class _MaskedMode(TorchDispatchMode):
             return _with_layout(func(*args, **kwargs), _REFERENCES[name](bound, masks))
         for argument, (masks, fill) in by_argument.items():
             bound[argument] = _filled(bound[argument], masks, fill)
+        written = args[0] if name == "add" and func._schema.is_mutable else None
         args, kwargs = rebind(func, bound)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result if written is None else written.copy_(result)  # an addition in place, of a copy
 
 
 def _with_layout(like: Any, values: Any) -> Any:

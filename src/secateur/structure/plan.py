@@ -49,13 +49,30 @@ class AttributeChange(BaseModel):
     after: int
 
 
+class ModuleDrop(BaseModel):
+    """A module whose result is no longer computed: a residual branch, or a part of one, that was dropped.
+
+    In its place stands a module without parameters that returns zeros shaped like its first tensor argument.
+
+    Attributes:
+        module: The module's path.
+        entries: The length of the tuple that it returned, of which the first entry is the zeros and the others are
+            None; None if it returned a tensor.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    module: str
+    entries: int | None
+
+
 class Plan(BaseModel):
-    """What remains of a model; only tensors and axes that the cut touches are listed.
+    """What remains of a model; only tensors, axes and modules that the cut touches are listed.
 
     Attributes:
         axes: The axes that lost units.
         tensors: The parameters and buffers that become smaller.
         attributes: The integers that follow.
+        dropped: The modules whose results are no longer computed.
         note: What the model's configuration cannot express, in words that are written into it; empty if nothing.
     """
 
@@ -63,6 +80,7 @@ class Plan(BaseModel):
     axes: dict[str, AxisCut] = {}
     tensors: dict[str, TensorCut] = {}
     attributes: tuple[AttributeChange, ...] = ()
+    dropped: tuple[ModuleDrop, ...] = ()
     note: str = ""
 
     def indices(self, tensor: str) -> tuple[Tensor | None, ...]:
@@ -85,7 +103,11 @@ class Plan(BaseModel):
 
     def slice_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the part of a state dict that remains."""
-        return {name: self.slice(name, tensor) for name, tensor in state.items()}
+        return {name: self.slice(name, tensor) for name, tensor in state.items() if not self.drops(name)}
+
+    def drops(self, tensor: str) -> bool:
+        """Return whether a tensor goes away with a dropped module."""
+        return any(tensor.startswith(f"{drop.module}.") for drop in self.dropped)
 
     def _indices_of(self, expression: JsonValue) -> Tensor | None:
         if isinstance(expression, int):

@@ -81,6 +81,17 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
     return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
 
 
+def proved_depth(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
+    """Return the structure of `model` with every residual branch frozen that cannot be dropped with proof."""
+    structure = trace(model, example_inputs)
+
+    def fails(names: list[str]) -> bool:
+        return not prove_cut(model, structure, {name: torch.zeros(1, dtype=torch.bool) for name in names}, seed).ok
+
+    failed = _culprits([(branch.name,) for branch in structure.branches if branch.prunable], fails)
+    return structure.frozen(dict.fromkeys(failed, "dropping it could not be proved equal to the masked network"))
+
+
 def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:
     """Return the axes that must be cut together, as one tuple each."""
     tied = {name for tie in structure.ties for name in tie}

@@ -11,6 +11,7 @@ from math import gcd
 from torch import nn
 
 from secateur.structure.branches import joined_sums, residual_additions
+from secateur.structure.depth import find_branches
 from secateur.structure.dims import Dim, concat, freeze, leaf, leaves, product, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute, Expression, Operation, evaluate, read_attribute, sources
@@ -22,6 +23,7 @@ from secateur.structure.tracer import Constraint, Tracer
 def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], inputs: Inputs) -> Structure:
     """Return the structure that satisfies every equation and every size that the code wrote down."""
     attributes, ties = _solve_sizes(model, tracer)
+    branches = find_branches(model, tracer)
     consuming = sorted({tracer.operations[i] for i in tracer.sites})
     path = [i for i, name in enumerate(tracer.operations) if name in consuming]
     parameters = frozenset(name for name, _ in model.named_parameters())
@@ -37,6 +39,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
         multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,
+        branches=branches,
         inputs=inputs,
     )
 

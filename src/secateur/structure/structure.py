@@ -9,6 +9,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from secateur.structure.depth import Branch
 from secateur.structure.dims import Dim, shrunk, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute
@@ -40,7 +41,10 @@ class Axis:
 
 
 Kept = Mapping[str, Tensor]
-"""Which units of each axis are kept: bool tensors of shape (size,); an axis that is not named is kept whole."""
+"""Which units of each axis are kept: bool tensors of shape (size,); an axis that is not named is kept whole.
+
+A residual branch is named like an axis of size 1.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Structure:
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
+        branches: The residual branches.
         inputs: The example inputs.
     """
 
@@ -68,6 +73,7 @@ class Structure:
     consumers: Mapping[str, tuple[Dim, ...]]
     multiply_adds: tuple[tuple[Dim, ...], ...]
     parameters: frozenset[str]
+    branches: tuple[Branch, ...]
     inputs: Inputs = field(repr=False)
 
     def axis(self, name: str) -> Axis:
@@ -125,21 +131,30 @@ class Structure:
     # ----------------------------------------------------------------------------------------- masks and slices
 
     def masks(self, kept: Kept) -> dict[Dim, Tensor]:
-        """Return leaf masks for the kept units."""
-        return {self.axis(name).leaf: mask for name, mask in kept.items()}
+        """Return leaf masks for the kept units, those of branches included."""
+        leaves = {axis.name: axis.leaf for axis in self.axes} | {branch.name: branch.leaf for branch in self.branches}
+        return {leaves[name]: mask for name, mask in kept.items()}
 
     # ------------------------------------------------------------------------------------------------- proof
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each frozen axis and branch is frozen, by name."""
+        found = {axis.name: axis.reason for axis in self.axes if not axis.prunable}
+        return found | {branch.name: branch.reason for branch in self.branches if not branch.prunable}
 
     def verify(self, model: nn.Module, seed: int = 0) -> Verification:
         """Return whether permuting every prunable axis leaves the output of `model` unchanged, as it must."""
         return verify_structure(model, self, seed)
 
     def frozen(self, reasons: Mapping[str, str]) -> Structure:
-        """Return the same structure with more axes frozen: axis name -> reason. Axes tied to them freeze too."""
+        """Return the same structure with more axes or branches frozen: name -> reason. Axes tied to them freeze too."""
         why = dict(reasons)
         for tie in self.ties:
             first = next((name for name in tie if name in reasons), None)
             if first is not None:
                 why.update({name: f"must stay as long as {first}, which is frozen" for name in tie if name not in why})
         axes = tuple(replace(a, prunable=False, reason=why[a.name]) if a.name in why else a for a in self.axes)
-        return replace(self, axes=axes, ties=tuple(tie for tie in self.ties if not why.keys() & set(tie)))
+        branches = tuple(replace(b, prunable=False, reason=why[b.name]) if b.name in why else b for b in self.branches)
+        ties = tuple(tie for tie in self.ties if not why.keys() & set(tie))
+        return replace(self, axes=axes, branches=branches, ties=ties)

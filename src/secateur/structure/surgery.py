@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from secateur.errors import PlanMismatch
 from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
+from secateur.structure.dropped import Dropped
 from secateur.structure.inputs import state_of
-from secateur.structure.plan import AttributeChange, AxisCut, Plan, TensorCut, expression_of_dim
+from secateur.structure.plan import AttributeChange, AxisCut, ModuleDrop, Plan, TensorCut, expression_of_dim
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
 
@@ -50,7 +51,9 @@ _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
 
 def make_plan(structure: Structure, kept: Kept) -> Plan:
     """Return what remains of the traced model when only the `kept` units of each axis do."""
-    cut = {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    away = {name for name, mask in kept.items() if not bool(mask.all())}
+    branches = [branch for branch in structure.branches if branch.name in away]
+    cut = {name: kept[name] for name in kept if name in away - {branch.name for branch in branches}}
     names = {structure.axis(name).leaf: name for name in cut}
     tensors = {}
     for name, dims in structure.tensors.items():
@@ -66,7 +69,8 @@ def make_plan(structure: Structure, kept: Kept) -> Plan:
     axes = {
         name: AxisCut(size=mask.numel(), kept=tuple(mask.nonzero().flatten().tolist())) for name, mask in cut.items()
     }
-    return Plan(axes=axes, tensors=tensors, attributes=changes)
+    dropped = tuple(ModuleDrop(module=path, entries=n) for branch in branches for path, n in branch.modules)
+    return Plan(axes=axes, tensors=tensors, attributes=changes, dropped=dropped)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -76,6 +80,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         PlanMismatch: The plan was made for another model; `model` is then untouched.
     """
     check_plan(model, plan)
+    for drop in plan.dropped:
+        replace_module(model, drop.module, Dropped(drop.entries))
     open_attention(model)
     replaced: dict[int, Tensor] = {}
     for name, tensor in state_of(model).items():
@@ -103,6 +109,12 @@ def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:
             for name, old in tensors.items():
                 if id(old) in replaced:
                     tensors[name] = replaced[id(old)]
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module in the place of one; mutates `model`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new.train(model.get_submodule(path).training))
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -137,7 +149,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan that was made for another model.
 
     Raises:
-        PlanMismatch: A tensor or an attribute is missing or has another size.
+        PlanMismatch: A tensor, a module or an attribute is missing or has another size.
     """
     state = state_of(model)
     for name, cut in plan.tensors.items():
@@ -146,6 +158,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             got = "no such tensor" if found is None else f"shape {found}"
             raise PlanMismatch(
                 f"The plan does not fit this model: it expects {name!r} with shape {cut.shape}, got {got}. "
+                "Pass the constructor of the network that was pruned, with the same settings."
+            )
+    for drop in plan.dropped:
+        if drop.module not in dict(model.named_modules()):
+            raise PlanMismatch(
+                f"The plan does not fit this model: it drops the module {drop.module!r}, and there is none. "
                 "Pass the constructor of the network that was pruned, with the same settings."
             )
     for change in plan.attributes:

@@ -154,7 +154,7 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         tracer.modules.pop()
-        tracer.history.leave()
+        tracer.history.leave(output)
 
     with ExitStack() as stack:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):

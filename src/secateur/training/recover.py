@@ -13,7 +13,7 @@ from secateur.core.slots import Level, Precision
 from secateur.core.units import Units
 from secateur.errors import DataNeeded
 from secateur.measure.profile import count_macs
-from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.carry import Companions
@@ -82,7 +82,7 @@ class Recoverer:
                 teacher=self._dense if settings.needs_teacher else None,
                 precision=self._precision,
             )
-            if isinstance(units, ChannelUnits):
+            if isinstance(units, CutUnits):
                 units.companions = Companions((self._trainer.optimizer,))
         else:
             self._trainer.wrap()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,17 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core.slots import Granularity, Scope
-from secateur.core.units import Kept, Limits, Scores, Units
-from secateur.structure.carry import ALONE, cut_in_place
+from secateur.core.units import Kept, Limits, Scores
+from secateur.parts.granularity.cut import CutUnits
 from secateur.structure.dims import Dim, leaves, unit_index
-from secateur.structure.inputs import Inputs, as_inputs, state_of
+from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
-from secateur.structure.prove import proved_keep, proved_structure
+from secateur.structure.prove import proved_structure
 from secateur.structure.roles import COUNTED, ROLES, Role
-from secateur.structure.settings import read_settings
 from secateur.structure.structure import Axis, Structure
-from secateur.structure.surgery import make_plan
-from secateur.structure.verify import Verification
 
 Engine = Literal["eager", "onnxruntime", "openvino"]
 
@@ -55,15 +51,8 @@ class Channel(Granularity):
         return ChannelUnits(model, as_inputs(example_inputs), scope, self.minimum, multiple, self.roles)
 
 
-class ChannelUnits(Units):
-    """The free axes of a model.
-
-    Attributes:
-        structure: The structure of `model` as it is now.
-        dense_structure: The structure before the first cut.
-        proofs: One verification per cut.
-        companions: What follows the model through its cuts.
-    """
+class ChannelUnits(CutUnits):
+    """The free axes of a model."""
 
     def __init__(
         self,
@@ -74,36 +63,17 @@ class ChannelUnits(Units):
         multiple: int = 1,
         roles: Collection[Role] = (),
     ) -> None:
-        self.model = model
-        self.inputs = inputs
         self.roles = roles or ROLES.keys()
-        structure = proved_structure(model, inputs)
-        others = {
-            a.name: f"not asked for: its role is {a.role!r}" for a in structure.prunable if a.role not in self.roles
-        }
-        self.dense_structure = self.structure = _in_scope(structure, scope).frozen(others)
-        counted = frozenset(axis.name for axis in self.structure.prunable if axis.role in COUNTED)
-        self.limits = Limits(minimum, multiple, counted, self.structure.ties, self.structure.steps)
-        self.proofs: list[Verification] = []
-        self.companions = ALONE
-        self._settings = read_settings(model)
-        self._kept = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in self.structure.prunable}
+        found = proved_structure(model, inputs)
+        others = {a.name: f"not asked for: its role is {a.role!r}" for a in found.prunable if a.role not in self.roles}
+        self.structure = structure = _in_scope(found, scope).frozen(others)
+        counted = frozenset(axis.name for axis in structure.prunable if axis.role in COUNTED)
+        super().__init__(model, inputs, structure, Limits(minimum, multiple, counted, structure.ties, structure.steps))
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
         """One vector per free axis."""
         return {axis.name: torch.Size([axis.size]) for axis in self.structure.prunable}
-
-    @property
-    def plan(self) -> Plan:
-        """What remains of the unpruned model."""
-        return make_plan(self.dense_structure, self._kept)
-
-    def finish(self, small: nn.Module) -> Plan:
-        """Return what remains, after letting the configuration of the final network say so; mutates `small`."""
-        if self._settings is None or not self.plan.axes:
-            return self.plan
-        return self._settings.state(small, self.dense_structure, self.plan)
 
     def obstacles(self) -> list[str]:
         """Return why the axes of the asked roles are frozen."""
@@ -150,42 +120,20 @@ class ChannelUnits(Units):
             return any(dim is d for d in same)
         return any(leaf in _free(c) for c in consumed for leaf in _free(dim))
 
-    def keep(self, kept: Kept) -> bool:
-        """Cut everything else off in place, and prove that the result computes what the masked network computes.
+    def by_name(self, kept: Kept) -> Kept:
+        """Return the selection itself: groups are axes."""
+        return kept
 
-        Returns:
-            Whether that is so. If not, nothing is cut, and the axes that are to blame are frozen.
-        """
-        proof, structure = proved_keep(self.model, self.structure, kept)
-        if not proof.ok:
-            self._freeze(structure)
-            return False
-        self.proofs.append(proof)
-        for name, mask in kept.items():
-            self._kept[name][self._kept[name].clone()] = mask.cpu()
-        cut_in_place(self.model, make_plan(structure, kept), self.companions)
-        self.structure = structure.cut(kept)
-        return True
+    def kept_in(self, plan: Plan) -> Kept:
+        """Return which units of each axis a plan keeps."""
+        kept = self.whole()
+        for name, axis in plan.axes.items():
+            kept[name] = torch.zeros(axis.size, dtype=torch.bool).index_fill_(0, torch.tensor(axis.kept), True)
+        return kept
 
-    def _freeze(self, structure: Structure) -> None:
-        """Take over what a failed proof has frozen."""
-        frozen = {axis.name: axis.reason for axis in structure.axes if not axis.prunable}
-        self.structure = structure
-        self.dense_structure = self.dense_structure.frozen(frozen)
-        self.limits = replace(self.limits, ties=structure.ties)
-
-    def reset(self, state: Mapping[str, Tensor]) -> None:
-        """Load the remaining part of a state dict of the unpruned model."""
-        first_name = {id(tensor): name for name, tensor in state_of(self.model).items()}
-        own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        own |= dict(self.model.named_buffers(remove_duplicate=False))
-        plan = self.plan
-        self.model.load_state_dict(
-            {
-                name: plan.slice(first_name[id(own[name])], tensor) if name in own else tensor
-                for name, tensor in state.items()
-            }
-        )
+    def structure_after(self, structure: Structure, kept: Kept) -> Structure:
+        """Return the structure with shorter axes."""
+        return structure.cut(kept)
 
 
 def _free(dim: Dim) -> Iterator[Dim]:

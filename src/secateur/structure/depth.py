@@ -1,0 +1,180 @@
+"""Depth: a residual branch is a unit of size 1, and dropping it replaces the branch by zero.
+
+Physically, the modules that compute a branch between the stream and the addition are replaced by modules that return
+zeros. Which modules these are follows from the run: those that ran in between, hold parameters, and compute nothing
+that is used elsewhere. Whether that is enough is never assumed: like every cut it is proved against the masked network,
+in which the operand of the addition is zero.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from math import prod
+
+from torch import nn
+
+from secateur.structure.branches import Addition, residual_additions
+from secateur.structure.dims import Dim, leaf
+from secateur.structure.history import History, ModuleCall
+from secateur.structure.tracer import Site, Tracer
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch.
+
+    Attributes:
+        name: The modules that compute it.
+        modules: Their paths, each with the length of the tuple that it returns (None: a tensor).
+        tensors: Their parameters and buffers.
+        gate: The parameters of the last of them, in which the branch is linear, as in a factor in front of it.
+        macs: Their multiply-adds in the traced call.
+        prunable: Whether it may be dropped.
+        reason: Why not, if not.
+    """
+
+    name: str
+    modules: tuple[tuple[str, int | None], ...]
+    tensors: tuple[str, ...]
+    gate: tuple[str, ...]
+    macs: int
+    prunable: bool
+    reason: str
+    leaf: Dim = field(repr=False, compare=False)
+
+
+Computed = tuple[Addition, tuple[ModuleCall, ...]]
+"""The addition of a branch, and the calls of the modules that compute the branch."""
+
+
+def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
+    """Return the residual branches in order, and let the additions be sites where they are consumed."""
+    runs = _Runs(model, tracer.history)
+    found = [(addition, runs.computing(addition)) for addition in residual_additions(tracer)]
+    branches = []
+    for addition, calls in _disjoint([each for each in found if each[1]], tracer.history):
+        branch = _branch(model, tracer, calls)
+        operation = tracer.history.values[addition.total].operation
+        tracer.sites[operation].append(Site(addition.argument, 0, branch.leaf))
+        branches.append(branch)
+    return tuple(branches)
+
+
+def _disjoint(found: Sequence[Computed], history: History) -> list[Computed]:
+    """Return branches that do not contain each other: blocks rather than parts of blocks, or stacks of blocks."""
+    inner: dict[Addition, list[Addition]] = {}
+    for outer, calls in found:
+        operations = ((other, history.values[other.total].operation) for other, _ in found)
+        inner[outer] = [other for other, i in operations if any(call.start <= i < call.stop for call in calls)]
+    blocks = [(addition, calls) for addition, calls in found if len(inner[addition]) < 2]
+    parts = {part for addition, _ in blocks for part in inner[addition]}
+    return [(addition, calls) for addition, calls in blocks if addition not in parts]
+
+
+def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall]) -> Branch:
+    modules = {call.name: model.get_submodule(call.name) for call in calls}
+    gate = max((c for call in calls for c in tracer.history.within(call) if _own(model, c.name)), key=lambda c: c.start)
+    costs = [dims for call in calls for i in range(call.start, call.stop) for dims in tracer.multiply_adds.get(i, ())]
+    formless = [call.name for call in calls if call.entries == 0]
+    return Branch(
+        name=_joined(list(modules)),
+        modules=tuple((call.name, call.entries) for call in calls),
+        tensors=tuple(f"{path}.{name}" for path, module in modules.items() for name in _tensors(module)),
+        gate=tuple(f"{gate.name}.{name}" for name in _own(model, gate.name)),
+        macs=sum(prod(dim.size for dim in dims) for dims in costs),
+        prunable=not formless,
+        reason=f"{formless[0]} returns neither a tensor nor a tuple that begins with one" if formless else "",
+        leaf=leaf(1),
+    )
+
+
+def _own(model: nn.Module, path: str) -> list[str]:
+    return [name for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
+
+
+def _tensors(module: nn.Module) -> Iterator[str]:
+    for named in (module.named_parameters(), module.named_buffers()):
+        yield from (name for name, _ in named)
+
+
+def _joined(paths: Sequence[str]) -> str:
+    """Return one name for several modules: ``layer1.0.{conv1,bn1}``."""
+    if len(paths) == 1:
+        return paths[0]
+    split = [path.split(".") for path in paths]
+    levels = zip(*(parts[:-1] for parts in split), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    return ".".join([*common, "{" + ",".join(".".join(parts[len(common) :]) for parts in split) + "}"])
+
+
+class _Runs:
+    """Tells which calls of modules compute a branch, and nothing else."""
+
+    def __init__(self, model: nn.Module, history: History) -> None:
+        self._history = history
+        self._operations = [value.operation for value in history.values]
+        self._users: dict[int, list[int]] = defaultdict(list)
+        for number, value in enumerate(history.values):
+            for source in value.sources:
+                if source is not None:
+                    self._users[source].append(number)
+        self._times = Counter(call.name for call in history.calls)
+        self._places: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._places[id(parameter)].append(name)
+
+    def computing(self, addition: Addition) -> tuple[ModuleCall, ...]:
+        """Return the outermost calls between the stream and the sum that belong to the branch alone."""
+        needed = set()
+        for number in self._history.before(addition.branch):
+            if number <= addition.start:
+                break
+            needed.add(self._operations[number])
+        calls = self._between(self._operations[addition.start] + 1, self._operations[addition.total])
+        return tuple(
+            call
+            for call in calls
+            if not needed.isdisjoint(range(call.start, call.stop))
+            and self._holds_parameters_alone(call)
+            and not self._escapes(call, addition)
+        )
+
+    def _between(self, start: int, stop: int) -> Iterator[ModuleCall]:
+        """Yield the outermost calls that ran within a range of operations."""
+        inside: set[ModuleCall] = set()
+        for call in self._history.calls[bisect_left(self._history.calls, start, key=lambda call: call.start) :]:
+            if call.start >= stop:
+                return
+            if call.stop <= stop:
+                if call.parent not in inside:
+                    yield call
+                inside.add(call)
+
+    def _holds_parameters_alone(self, call: ModuleCall) -> bool:
+        """Return whether the module has parameters, runs once, and shares nothing with other modules."""
+        prefix = f"{call.name}."
+        places = [names for names in self._places.values() if any(name.startswith(prefix) for name in names)]
+        inner = Counter(each.name for each in self._history.within(call))
+        return (
+            bool(places)
+            and all(name.startswith(prefix) for names in places for name in names)
+            and all(self._times[name] == n for name, n in inner.items())
+            and inner[call.name] == 1
+        )
+
+    def _escapes(self, call: ModuleCall, addition: Addition) -> bool:
+        """Return whether something that the call computed is used other than by way of the branch."""
+        first, last = (bisect_left(self._operations, operation) for operation in (call.start, call.stop))
+        waiting, seen = list(range(first, last)), set(range(first, last)) | {addition.total}
+        while waiting:
+            for user in self._users[waiting.pop()]:
+                if user > addition.total or user == addition.stream:
+                    return True
+                if user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
+        return False
