@@ -70,6 +70,10 @@ class InvalidRecord(InvalidFile):
     """A record that was edited, is of another schema version, or says something that cannot be."""
 
 
+class AlreadyRunning(SecateurError, RuntimeError):
+    """Another process works on the same files."""
+
+
 class PlanMismatch(SecateurError, ValueError):
     """A saved plan does not fit the model that the constructor built."""
 

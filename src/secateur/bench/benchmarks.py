@@ -18,6 +18,7 @@ from secateur.core.slots import Granularity, Recovery
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe, UnknownName
 from secateur.parts.recovery.fine_tune import FineTune
+from secateur.tasks import find_task
 
 DENSE = "dense"
 
@@ -234,6 +235,15 @@ def plan(
                     if budget_label(budget) in chosen
                 ]
     return tuple(sorted(runs, key=lambda run: run.role != "dense"))
+
+
+def data_of(benchmark: Benchmark) -> str:
+    """Return the hash of the splits, which for data of the user's own is taken now.
+
+    Raises:
+        DataUnavailable: The data are not there.
+    """
+    return benchmark.task.data or find_task(benchmark.task.name).digest
 
 
 def dense_run(run: Run) -> Run:

@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from math import sqrt
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,32 @@ class Workplace(Part):
         return self.scratch / "networks" / f"{run.id}.safetensors"
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A job that ended.
+
+    Attributes:
+        run: What was run.
+        problem: None if its record is on the disk; ``died`` if its process is gone; ``halt`` if nothing can be run
+            (a full disk, missing data).
+        message: What the problem is.
+    """
+
+    run: Run
+    problem: Literal["died", "halt"] | None = None
+    message: str = ""
+
+
+def attempt(run: Run, place: Workplace, on_step: OnStep | None = None) -> Ended:
+    """Run one job on one thread, so that figures do not depend on the machine, and return how it ended."""
+    torch.set_num_threads(1)
+    try:
+        run_job(run, place, on_step)
+    except NOT_THE_METHODS_FAULT as error:
+        return Ended(run, "halt", f"{type(error).__name__}: {error}")
+    return Ended(run)
+
+
 def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record:
     """Run one job, write its record and return it; a method that fails gives a record that says why.
 
@@ -88,7 +115,7 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
         OSError: A full disk and the like; no record is written.
     """
     watch = _Stopwatch()
-    code = _code()
+    own = _own_code()
     latency: dict[str, Timing] = {}
     measured = error = None
     (place.scratch / "networks").mkdir(parents=True, exist_ok=True)
@@ -115,7 +142,7 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
             latency=latency,
             environment=environment(),
         ),
-        code=code,
+        code=_code(own, run, place),
     )
     return Store(place.results).publish(record)
 
@@ -142,7 +169,7 @@ def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tupl
                 checkpoint=checkpoint,
                 on_step=on_step,
             )
-            save_reference(model, record, path)
+            save_reference(model, {**record, "code": _own_code().model_dump()}, path)
             checkpoint.unlink(missing_ok=True)
     record = json.loads(told.read_text(encoding="utf-8"))
     return safetensors.read(path, lambda: task.build(run.network)), record["history"]
@@ -291,7 +318,7 @@ def share(value: float, n: int) -> Metric:
     z = 1.959963984540054
     center = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return Metric(value=value, low=max(0.0, center - half), high=min(1.0, center + half), n=n)
+    return Metric(value=value, low=min(value, max(0.0, center - half)), high=max(value, center + half), n=n)
 
 
 def _training(task: Task, steps: int, macs: int) -> Training:
@@ -349,9 +376,18 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _code() -> Code:
+def _own_code() -> Code:
     head, clean = commit()
     return Code(version=__version__, commit=head, clean=clean)
+
+
+def _code(own: Code, run: Run, place: Workplace) -> Code:
+    """Return which code made a run: for a dense reference the one that trained it; clean only if that was clean too."""
+    told = place.network(dense_run(run)).with_suffix(".json")
+    if run.reference != "trained" or not told.is_file():
+        return own
+    theirs = Code(**json.loads(told.read_text(encoding="utf-8"))["code"])
+    return theirs if run.role == "dense" else own.model_copy(update={"clean": own.clean and theirs.clean})
 
 
 def _setting(run: Run) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.atomic import written_atomically
-from secateur.bench.benchmarks import Benchmark, Official
+from secateur.bench.benchmarks import Benchmark
 from secateur.bench.records import Record, Run, read_record, to_text
 from secateur.errors import InvalidRecord
 
@@ -98,7 +98,7 @@ def standing(records: Iterable[Record], benchmark: Benchmark) -> dict[str, tuple
         benchmark: As it is now.
     """
     records = list(records)
-    alone = {record.id: tuple(_own_reasons(record, benchmark)) for record in records}
+    alone = {record.id: own_reasons(record, benchmark) for record in records}
     seeds: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for record in records:
         if not alone[record.id]:
@@ -111,20 +111,20 @@ def standing(records: Iterable[Record], benchmark: Benchmark) -> dict[str, tuple
     }
 
 
-def _own_reasons(record: Record, benchmark: Benchmark) -> Iterator[str]:
-    """Yield why a record cannot be official, whatever stands beside it."""
-    rules: Official = benchmark.official
-    run = record.run
+def own_reasons(record: Record, benchmark: Benchmark) -> tuple[str, ...]:
+    """Return why a record cannot be official, whatever stands beside it."""
+    rules, run, reasons = benchmark.official, record.run, []
     if run.version != benchmark.version:
-        yield f"made for version {run.version} of the benchmark; it has version {benchmark.version} now"
+        reasons.append(f"made for version {run.version} of the benchmark; it has version {benchmark.version} now")
     if rules.clean_tree and record.code.commit is None:
-        yield "made outside a git checkout, so its code is not known"
+        reasons.append("made outside a git checkout, so its code is not known")
     elif rules.clean_tree and not record.code.clean:
-        yield "made with changes that were not committed"
+        reasons.append("made with changes that were not committed")
     if record.measured is None:
-        yield "failed"
+        reasons.append("failed")
     elif rules.timed and run.granularity == "channel" and not record.machine.latency:
-        yield "the compact network was not timed"
+        reasons.append("the compact network was not timed")
+    return tuple(reasons)
 
 
 def _too_few(found: int, needed: int) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from secateur import __version__
-from secateur.cli import demo, export, inspect, methods, prune, train
+from secateur.cli import bench, demo, export, inspect, methods, prune, train
 from secateur.cli.common import console
 from secateur.errors import SecateurError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("prune")(prune.command)

@@ -119,10 +119,16 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+        self.positions = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
+        self.reset_parameters()
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 4 * width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, classes)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters that no layer holds anew."""
+        with torch.no_grad():
+            self.positions.copy_(0.02 * torch.randn_like(self.positions))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, size, size) -> logits (n, classes)."""

@@ -1,0 +1,127 @@
+"""What the records of a benchmark say: one row per arm and budget, with its rivals at the same budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from secateur.bench.benchmarks import Benchmark
+from secateur.bench.records import Record
+from secateur.bench.statistics import Interval, Paired, hypervolume, interval, paired, ranks
+from secateur.bench.store import standing
+
+CONTROLS = ("random", "scratch-e", "scratch-b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one arm at one budget, which differ in their seeds.
+
+    Attributes:
+        arm: Method or control, or ``dense``.
+        role: Which of these.
+        granularity: Of the units.
+        budget: What was asked, for example ``macs=0.5``.
+        records: Those that have a result, by seed.
+        failures: Those that have none.
+        value: The benchmark's metric; None if no run has a result.
+        against: Paired differences from the controls at the same budget, by control.
+        rank: Among the methods and controls at the same budget; arms whose intervals overlap tie.
+        official: Whether every record with a result is official.
+        reasons: Why not.
+    """
+
+    arm: str
+    role: str
+    granularity: str
+    budget: str
+    records: tuple[Record, ...]
+    failures: tuple[Record, ...]
+    value: Interval | None
+    against: dict[str, Paired]
+    rank: int | None
+    official: bool
+    reasons: tuple[str, ...]
+
+    def mean(self, quantity: str) -> float:
+        """Return the mean over seeds of a number: ``macs``, ``params``, ``bytes`` ..., of the pruned network."""
+        sizes = [record.measured.after.model_dump()[quantity] for record in self.records if record.measured]
+        return interval(sizes).mean
+
+    def speedup(self, engine: str) -> Interval | None:
+        """Return how many times faster than the dense network the pruned one is; None if it was not timed."""
+        timings = [record.machine.latency[engine] for record in self.records if engine in record.machine.latency]
+        return interval([t.dense.p50_ms / t.pruned.p50_ms for t in timings]) if timings else None
+
+
+def summarize(records: Iterable[Record], benchmark: Benchmark) -> list[Row]:
+    """Return one row per arm and budget, in the order of the benchmark's ladders, dense first, best mean first."""
+    records = list(records)
+    reasons = standing(records, benchmark)
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: r.run.seed):
+        groups[record.run.group].append(record)
+    settings: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for arm, granularity, budget in groups:
+        settings[granularity, budget].append(arm)
+    order = _order(benchmark)
+    rows = []
+    for setting in sorted(settings, key=lambda s: order.get(s, len(order))):
+        here = {arm: groups[arm, *setting] for arm in settings[setting]}
+        rows += sorted(_rows(here, reasons), key=lambda row: -row.value.mean if row.value else 0.0)
+    return rows
+
+
+def fronts(rows: Iterable[Row], quantity: str = "macs") -> dict[tuple[str, str], float]:
+    """Return the hypervolume of each arm's mean points, by (arm, granularity); only to be compared within a benchmark.
+
+    The cost is the kept share of `quantity` in the dense network, the reference point (1, 0); the unstructured units
+    count with their effective cost.
+    """
+    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.value is None or row.role == "dense":
+            continue
+        kind = {"macs": "effective_macs", "params": "nonzero_params"}.get(quantity, quantity)
+        before = [r.measured.before.model_dump()[kind] for r in row.records if r.measured]
+        points[row.arm, row.granularity].append((row.mean(kind) / interval(before).mean, row.value.mean))
+    return {key: hypervolume(found, (1.0, 0.0)) for key, found in points.items()}
+
+
+def _order(benchmark: Benchmark) -> dict[tuple[str, str], int]:
+    settings = [("dense", "")]
+    for ladder in benchmark.ladders:
+        settings += [(ladder.granularity.name, f"{b.kind}={b.value:g}") for b in ladder.budgets]
+    return {setting: index for index, setting in enumerate(settings)}
+
+
+def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]]) -> list[Row]:
+    """Return the rows of all arms at one budget."""
+    values = {arm: {r.run.seed: r.value for r in group if r.measured} for arm, group in groups.items()}
+    intervals = {arm: interval(list(found.values())) for arm, found in values.items() if found}
+    ranked = ranks(intervals)
+    rows = []
+    for arm, group in groups.items():
+        against = {
+            control: difference
+            for control in CONTROLS
+            if control != arm and (difference := paired(values[arm], values.get(control, {}))) is not None
+        }
+        why = tuple(dict.fromkeys(reason for record in group for reason in reasons[record.id]))
+        rows.append(
+            Row(
+                arm=arm,
+                role=group[0].run.role,
+                granularity=group[0].run.granularity,
+                budget=group[0].run.budget_label,
+                records=tuple(record for record in group if record.measured),
+                failures=tuple(record for record in group if not record.measured),
+                value=intervals.get(arm),
+                against=against,
+                rank=ranked.get(arm),
+                official=not why,
+                reasons=why,
+            )
+        )
+    return rows

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+from tests.bench.test_records import make_record
+
+from secateur.bench import runner
+from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.executors import make_executor
+from secateur.bench.jobs import Ended, Workplace
+from secateur.bench.store import Store
+from secateur.errors import AlreadyRunning, MissingDependency, UnknownName
+
+BENCHMARK = find_benchmark("digits/resnet8")
+RUNS = plan(BENCHMARK, str(BENCHMARK.task.data), ["taylor", "random"])
+
+
+class Fake:
+    """An executor whose jobs write made-up records; `trouble` says how a run ends instead."""
+
+    capacity = 2
+
+    def __init__(self, store, trouble=None):
+        self.store, self.trouble = store, trouble or (lambda run, attempt: None)
+        self.started, self.now = [], []
+
+    def submit(self, run):
+        assert len(self.now) < self.capacity
+        self.started.append(run)
+        self.now.append(run)
+
+    def wait(self, timeout):
+        run = self.now.pop(0)
+        problem = self.trouble(run, self.started.count(run))
+        if problem is None:
+            self.store.publish(make_record(run))
+        return [Ended(run, problem, "it broke" if problem else "")]
+
+    def progress(self):
+        return {run.id: 0.5 for run in self.now}
+
+    def close(self):
+        pass
+
+
+def test_everything_is_run_once_dense_references_first(tmp_path):
+    store = Store(tmp_path)
+    fake = Fake(store)
+    seen = []
+    progress = runner.run_benchmark(runner.survey(RUNS, store), store, fake, lambda p: seen.append(len(p.done)))
+    assert progress.left == 0 and progress.problems == [] and seen == list(range(1, len(RUNS) + 1))
+    assert sorted(r.id for r in fake.started) == sorted(r.id for r in RUNS)
+    for seed in BENCHMARK.seeds:
+        assert next(r for r in fake.started if r.seed == seed).role == "dense"
+    again = Fake(store)
+    assert runner.run_benchmark(runner.survey(RUNS, store), store, again).left == 0 and again.started == []
+
+
+def test_a_job_whose_process_dies_is_started_again_and_costs_only_itself(tmp_path):
+    store = Store(tmp_path)
+    victim, hopeless = RUNS[4], RUNS[7]
+
+    def trouble(run, attempt):
+        return "died" if run == hopeless or (run == victim and attempt < 3) else None
+
+    fake = Fake(store, trouble)
+    progress = runner.run_benchmark(runner.survey(RUNS, store), store, fake)
+    assert progress.left == 1 and progress.problems == ["it broke"] and victim.id in progress.done
+    assert fake.started.count(victim) == fake.started.count(hopeless) == 3 == runner.ATTEMPTS
+    assert runner.run_benchmark(runner.survey(RUNS, store), store, Fake(store)).left == 0
+
+
+def test_after_a_full_disk_nothing_new_is_started(tmp_path):
+    store = Store(tmp_path)
+    fake = Fake(store, lambda run, attempt: "halt" if run == RUNS[5] else None)
+    progress = runner.run_benchmark(runner.survey(RUNS, store), store, fake)
+    assert progress.problems == ["it broke"] and 0 < progress.left < len(RUNS)
+    assert progress.left == len(RUNS) - len(fake.started) + 1  # what was under way was finished
+
+
+def test_without_its_dense_reference_nothing_is_pruned(tmp_path):
+    store = Store(tmp_path)
+    fake = Fake(store, lambda run, attempt: "died" if run.role == "dense" else None)
+    progress = runner.run_benchmark(runner.survey(RUNS, store), store, fake)
+    assert progress.left == len(RUNS) and all(run.role == "dense" for run in fake.started)
+
+
+@pytest.mark.parametrize(("again", "expected"), [("none", set()), ("failed", {1}), ("unofficial", {1, 2})])
+def test_records_can_be_made_anew(tmp_path, again, expected):
+    store = Store(tmp_path / "results")
+    place = Workplace(results=tmp_path / "results", scratch=tmp_path / "scratch")
+    runs = RUNS[3:6]
+    for run, what in zip(runs, ({}, {"status": "failed"}, {"clean": False}), strict=True):
+        store.publish(make_record(run, **what))
+    place.network(runs[2]).parent.mkdir(parents=True)
+    place.network(runs[2]).touch()
+    progress = runner.survey(runs, store)
+    runner.forget(progress, store, place, BENCHMARK, again)
+    assert {i for i, run in enumerate(runs) if run.id not in progress.done} == expected
+    assert {i for i, run in enumerate(runs) if store.find(run) is None} == expected
+    assert place.network(runs[2]).exists() == (2 not in expected)
+
+
+def test_the_estimate_takes_the_median_of_the_group_and_else_of_the_role(tmp_path):
+    records = []
+    for run, seconds in zip([r for r in RUNS if r.group == ("taylor", "channel", "macs=0.5")], (2, 4, 9), strict=True):
+        record = make_record(run)
+        records.append(
+            record.model_copy(update={"machine": record.machine.model_copy(update={"seconds": {"total": seconds}})})
+        )
+    todo = [RUNS[0], *(r for r in RUNS if r.arm == "taylor" and r.seed == 0)]  # dense: never timed; weight: neither
+    found = runner.estimate(runner.Progress(tuple(todo)), records, jobs=2)
+    assert (found.missing, found.known) == (5, 2) and found.seconds == pytest.approx(5 * 4 / 2)
+    assert runner.estimate(runner.Progress(tuple(todo)), [], 2).known == 0
+
+
+def test_one_runner_at_a_time(tmp_path):
+    with runner.only_runner(tmp_path), pytest.raises(AlreadyRunning, match="Another runner"):
+        with runner.only_runner(tmp_path):
+            pass
+    with runner.only_runner(tmp_path):
+        pass
+
+
+def test_executors_are_found_by_name_and_say_what_to_install(tmp_path, monkeypatch):
+    place = Workplace(results=tmp_path, scratch=tmp_path)
+    with pytest.raises(UnknownName, match="local, ray, slurm"):
+        make_executor("cloud", place, 2)
+    for name, module in (("ray", "ray"), ("slurm", "submitit")):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+        with pytest.raises(MissingDependency, match=rf"pip install 'secateur\[{name}\]'"):
+            make_executor(name, place, 2)
