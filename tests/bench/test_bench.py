@@ -3,22 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from scipy import stats
 
 from secateur.bench import demo
 from secateur.bench.demo_report import demo_page, headline_of, table_of
-from secateur.bench.statistics import interval
 from secateur.parts.recovery.fine_tune import FineTune
-
-
-def test_intervals_are_students():
-    found = interval([98.0, 99.0, 99.5])
-    low, high = stats.t.interval(0.95, 2, loc=found.mean, scale=stats.sem([98.0, 99.0, 99.5]))
-    assert found.mean == pytest.approx(98.8333, abs=1e-4) and found.n == 3
-    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
-    assert interval([5.0]).half_width == 0
-    with pytest.raises(ValueError, match="at least one"):
-        interval([])
 
 
 @pytest.fixture(scope="module")
