@@ -543,3 +543,31 @@ def test_float64_models_are_proved_in_float64():
         o=nn.Linear(5, 3),
     ).to(torch.float64)
     assert len(free(proved_structure(model, torch.randn(2, 6, 6, dtype=torch.float64)))) == 2
+
+
+def test_rows_that_a_mask_selects_keep_their_width():
+    def forward(self, x):
+        return self.b(self.a(x) + self.w[self.mask].sum(0))
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.w, model.mask = nn.Parameter(torch.randn(3, 16)), torch.tensor([True, False, True])
+    structure = proved_structure(model.eval(), torch.randn(2, 6))
+    assert free(structure) == {"a": 16} and ("w", 1) in structure.axis("a").members
+    chosen = Model(lambda self, x: self.b(self.a(x)[:, self.m]), a=nn.Linear(6, 16), b=nn.Linear(8, 3))
+    chosen.m = torch.arange(16) % 2 == 0
+    structure = sc.trace(chosen, torch.randn(2, 6))
+    assert not structure.prunable and "looked up by index" in structure.axis("a").reason
+
+
+@pytest.mark.parametrize("expand", [torch.Tensor.expand, torch.broadcast_to])
+def test_a_width_that_an_expansion_states_follows_or_is_frozen(expand):
+    def forward(self, x):
+        return self.b(self.a(x) * expand(self.w, (len(x), self.width)))
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.w, model.width = nn.Parameter(torch.randn(16)), 16
+    assert free(sc.trace(model, torch.randn(2, 6))) == {"w": 16}
+    assert half(model, torch.randn(2, 6)).model.width == 8
+    literal = Model(lambda self, x: self.b(self.a(x) * expand(self.w, (2, 16))), a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    literal.w = nn.Parameter(torch.randn(16))
+    assert "the code says 16" in sc.trace(literal, torch.randn(2, 6)).axis("w").reason

@@ -92,7 +92,7 @@ def view_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
     return [None] * out.dim() if call.name in _COMPUTED else literal
 
 
-def expand_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
+def expand_sizes(call: FunctionCall | None, source: Tensor, out: Tensor) -> Sizes:
     """Return where the size of each dim of an expanded tensor came from."""
     if call is not None and call.name in ("expand", "broadcast_to"):
         sizes = _known(flat_sizes(call.args[1:] or [call.kwargs.get("size")]))
@@ -100,7 +100,8 @@ def expand_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
             return sizes
     if call is not None and call.name in _COMPUTED:
         return [None] * out.dim()
-    return list(out.shape)
+    before = [0] * (out.dim() - source.dim()) + list(source.shape)
+    return [None if old == new else new for old, new in zip(before, out.shape, strict=True)]
 
 
 def expanded_like(call: FunctionCall | None) -> Tensor | None:

@@ -9,13 +9,13 @@ from secateur.structure.rules import rule
 from secateur.structure.tracer import OpCall, Tracer
 
 _POINTWISE = """
-    abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor
-    ceil celu clamp clamp_max clamp_min copysign cos cosh deg2rad div elu eq erf erfc erfinv exp exp2 expm1 fill
-    floor floor_divide fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh heaviside isfinite
-    isinf isnan le leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid_forward logaddexp logical_and logical_not
-    logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg pow reciprocal relu relu6
-    remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square sub tan tanh
-    threshold trunc where xlogy zero
+    _prelu_kernel abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
+    bitwise_xor ceil celu clamp clamp_max clamp_min copysign cos cosh deg2rad div elu eq erf erfc erfinv exp exp2
+    expm1 fill floor floor_divide fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh heaviside
+    isfinite isinf isnan le leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid_forward logaddexp logical_and
+    logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg pow
+    reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink
+    sqrt square sub tan tanh threshold trunc where xlogy zero
 """.split()
 
 _SAME = """
@@ -71,18 +71,6 @@ def copy_into(call: OpCall) -> None:
     tracer = call.tracer
     broadcast(tracer, [call["self"], call["src"]], call["self"].dim())
     tracer.set(call.out, tracer.dims(call["self"]))
-
-
-@rule("prelu", "_prelu_kernel")
-def prelu(call: OpCall) -> None:
-    """Unify the slopes with the channel dim (position 1); a single slope is broadcast."""
-    tracer, weight = call.tracer, call["weight"]
-    dims = tracer.dims(call["self"])
-    if weight.dim() == call["self"].dim():
-        dims = broadcast(tracer, [call["self"], weight], call["self"].dim())
-    elif weight.numel() > 1:
-        tracer.unify(tracer.dims(weight)[0], dims[1])
-    tracer.set(call.out, dims)
 
 
 @rule("glu")

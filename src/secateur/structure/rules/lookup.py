@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.structure.dims import Dim
+from secateur.structure.dims import leaf
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import broadcast
 from secateur.structure.tracer import OpCall
@@ -32,19 +32,28 @@ def index_select(call: OpCall) -> None:
 
 @rule("index")
 def index(call: OpCall) -> None:
-    """Advanced indexing: the indexed dims give way to the broadcast dims of the indices."""
+    """Advanced indexing: indexed dims give way to the broadcast dims of the indices; a mask covers its own."""
     tracer, x = call.tracer, call["self"]
-    dims, indices = tracer.dims(x), list(call["indices"])
-    used = [i for i, item in enumerate(indices) if isinstance(item, Tensor)]
+    dims = tracer.dims(x)
+    used: list[int] = []
+    position = 0
+    for item in call["indices"]:
+        covered = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        if isinstance(item, Tensor):
+            used += range(position, position + covered)
+        position += covered
     tracer.freeze([dims[i] for i in used], "looked up by index")
-    tensors = [indices[i] for i in used]
+    tensors = [item for item in call["indices"] if isinstance(item, Tensor)]
     rest = [d for i, d in enumerate(dims) if i not in used]
     rank = call.out.dim() - len(rest)
-    if any(t.dtype == torch.bool for t in tensors):
-        tracer.fresh(call.out, "selected by a mask")
-        return
-    looked_up: list[Dim] = broadcast(tracer, tensors, rank)
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    masks = [t for t in tensors if t.dtype == torch.bool]
+    if masks:
+        for mask in masks:
+            tracer.freeze(tracer.dims(mask), "selects by its values")
+        looked_up = [leaf(size, "selected by a mask") for size in call.out.shape[at : at + rank]]
+    else:
+        looked_up = broadcast(tracer, tensors, rank)
     tracer.set(call.out, [*rest[:at], *looked_up, *rest[at:]])
 
 

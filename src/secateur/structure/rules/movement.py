@@ -114,12 +114,13 @@ def squeeze(call: OpCall) -> None:
 def expand(call: OpCall) -> None:
     """Dims of size 1 become new axes whose units are all alike."""
     tracer, source = call.tracer, call["self"]
-    written = expand_sizes(tracer.call, call.out)
+    written = expand_sizes(tracer.call, source, call.out)
     like = expanded_like(tracer.call)
     old = [leaf(1)] * (call.out.dim() - source.dim()) + tracer.dims(source)
     dims = []
     for dim, size, expression in zip(old, call.out.shape, written, strict=True):
         if dim.size == size:
+            tracer.constrain(expression, dim)
             dims.append(dim)
         elif expression is None and like is not None:
             dims.append(tracer.dims(like)[len(dims)])

@@ -8,7 +8,6 @@ from secateur.structure.calls import size_argument
 from secateur.structure.dims import leaf, product
 from secateur.structure.provenance import Expression, expression_of
 from secateur.structure.rules import rule
-from secateur.structure.rules.elementwise import pointwise
 from secateur.structure.rules.movement import windowed
 from secateur.structure.tracer import OpCall, Tracer
 
@@ -164,8 +163,6 @@ def softmax(call: OpCall) -> None:
 def ordered(call: OpCall) -> None:
     """The result depends on which index is which: that dim is frozen."""
     tracer, x = call.tracer, call["self"]
-    if isinstance(call.arguments.get("other"), Tensor):  # torch.max(a, b)
-        return pointwise(call)
     asked = call.arguments.get("dim", -1 if call.name in ("topk", "sort", "argsort", "median") else None)
     positions = _positions(asked, x)
     dims = tracer.dims(x)

@@ -26,7 +26,4 @@ def lstm_layer(call: OpCall) -> None:
     tracer.cost(steps, batch, *tracer.dims(first))
     tracer.cost(steps, batch, *tracer.dims(recurrent))
     for result in call.results():
-        if result.dim() >= 2:
-            tracer.set(result, [*([steps, batch] if result.dim() == 3 else [batch]), hidden])
-        else:
-            tracer.fresh(result, "workspace")
+        tracer.set(result, [*([steps, batch] if result.dim() == 3 else [batch]), hidden])
