@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from secateur.core.slots import Precision
 from secateur.deploy import Artifact, safetensors
 from secateur.job import make_job
 from secateur.pruned import Pruned
+from secateur.structure.surgery import copied
 from secateur.structure.trace import trace
 from secateur.training.fabric import join_processes
 from secateur.training.loop import OnStep, accuracy
@@ -77,7 +77,7 @@ def prune(  # the one call that ties everything together, so it has many options
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for_scores = calibration if calibration is not None else data
-        run = job.start(copy.deepcopy(model), for_scores, loss, checkpoints)
+        run = job.start(copied(model), for_scores, loss, checkpoints)
         recoverer = Recoverer(
             job.recipe,
             model,

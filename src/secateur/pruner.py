@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +25,7 @@ from secateur.pruned import Pruned
 from secateur.structure.carry import Companions
 from secateur.structure.inputs import state_of
 from secateur.structure.plan import parse_plan
+from secateur.structure.surgery import copied
 
 
 class Pruner:
@@ -150,7 +150,7 @@ class Pruner:
                 f"after {self.steps} of {self.total_steps} steps. Call step() after every optimizer step, or give the "
                 "number of steps that the training really has as total_steps."
             )
-        return self._job.result(self._run, copy.deepcopy(self.model), [])
+        return self._job.result(self._run, copied(self.model), [])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the state of model, optimizers and copies; safe to load as weights."""
@@ -193,14 +193,14 @@ class Pruner:
             handle.remove()
         masks = Masks(self.model, units.masks)
         self._mask_handles = [masks.attach(optimizer) for optimizer in self._companions.optimizers]
-        for copied in self._companions.copies:
-            Masks(copied, units.masks).apply()
+        for follower in self._companions.copies:
+            Masks(follower, units.masks).apply()
 
     def _restart_companions(self) -> None:
         """The weights were set back: what was remembered of those before is of no use."""
         self._companions.forget()
-        for copied in self._companions.copies:
-            copied.load_state_dict(self.model.state_dict())
+        for follower in self._companions.copies:
+            follower.load_state_dict(self.model.state_dict())
 
 
 def _check_unwrapped(model: Any) -> None:
@@ -244,10 +244,10 @@ def _checked_copies(copies: nn.Module | Sequence[nn.Module], model: nn.Module) -
     several = (copies,) if isinstance(copies, nn.Module) else tuple(copies)
     inside = tuple(c.module if isinstance(c, AveragedModel) else c for c in several)
     expected = {name: tensor.shape for name, tensor in state_of(model).items()}
-    for copied in inside:
-        if {name: tensor.shape for name, tensor in state_of(copied).items()} != expected:
+    for follower in inside:
+        if {name: tensor.shape for name, tensor in state_of(follower).items()} != expected:
             raise PlanMismatch(
-                f"A copy ({type(copied).__name__}) does not have the parameters and buffers of the model, so it "
+                f"A copy ({type(follower).__name__}) does not have the parameters and buffers of the model, so it "
                 "cannot be pruned along. Pass deep copies of the model, or AveragedModel."
             )
     return inside

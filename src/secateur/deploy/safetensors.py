@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from secateur.atomic import written_atomically
 from secateur.deploy import Artifact
 from secateur.errors import InvalidFile, PlanMismatch
-from secateur.structure.inputs import state_of
+from secateur.structure.inputs import aliases_of, state_of
 from secateur.structure.plan import Plan, parse_plan
-from secateur.structure.surgery import apply_plan, replace_tensors
+from secateur.structure.surgery import apply_plan, replace_tensors, share_memory
 
 FORMAT = 1
 _MASK = "mask:"
@@ -43,6 +43,7 @@ def write(
         InvalidFile: The folder does not exist.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_of(model).items()}
+    tensors |= {name: tensors[name].clone() for aliases in aliases_of(model) for name in aliases}
     tensors |= {f"{_MASK}{name}": _pack(mask) for name, mask in (masks or {}).items()}
     header = {"format": FORMAT, "plan": (plan or Plan()).model_dump(mode="json"), "about": dict(about or {})}
     text = json.dumps(header, sort_keys=True)
@@ -139,7 +140,9 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             )
         new = tensors[name]
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    whole, _ = aliases_of(model)
     replace_tensors(model, replaced)
+    share_memory(model, whole)
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def cut_in_place(model: nn.Module, plan: Plan, companions: Companions = ALONE) -
         cut_in_place(copied, plan)
     after = dict(model.named_parameters())
     names = {id(old): name for name, old in before.items() if name in after and after[name] is not old}
-    gone = {id(old) for name, old in before.items() if name not in after}
+    gone = {id(old) for old in before.values()} - {id(new) for new in after.values()} - names.keys()
     for name in names.values():
         _carry_parameter(name, before[name], after[name], plan)
     for optimizer in companions.optimizers:

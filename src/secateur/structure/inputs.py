@@ -107,6 +107,39 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state | {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in known}
 
 
+def aliases_of(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which tensors share the memory of an earlier one, by name -> its name.
+
+    Returns:
+        Those that are the whole of it, entry by entry (a buffer made from ``weight.data``), and those that overlap it
+        in another way (a part, a transposed view).
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    whole, partly = {}, {}
+    for name, tensor in state_of(model).items():
+        others = by_storage.setdefault(tensor.untyped_storage()._cdata, [])
+        for other_name, other in others:
+            same = tensor.shape == other.shape and tensor.stride() == other.stride() and tensor.dtype == other.dtype
+            if same and tensor.storage_offset() == other.storage_offset():
+                whole[name] = other_name
+                break
+            if _extent(tensor).start < _extent(other).stop and _extent(other).start < _extent(tensor).stop:
+                partly[name] = other_name
+                break
+        else:
+            others.append((name, tensor))
+    return whole, partly
+
+
+def _extent(tensor: Tensor) -> range:
+    """Return the bytes of its storage between which a tensor lies."""
+    if tensor.numel() == 0:
+        return range(0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    width = tensor.element_size()
+    return range(width * tensor.storage_offset(), width * (tensor.storage_offset() + last + 1))
+
+
 @contextmanager
 def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Put other tensors into every place that holds a parameter or buffer; the originals come back at the end.

@@ -18,7 +18,7 @@ from secateur.errors import PlanMismatch
 from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.dropped import Dropped
-from secateur.structure.inputs import state_of
+from secateur.structure.inputs import aliases_of, state_of
 from secateur.structure.plan import AttributeChange, AxisCut, ModuleDrop, Plan, TensorCut, expression_of_dim
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
@@ -87,7 +87,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for name, tensor in state_of(model).items():
         if name in plan.tensors:
             replaced[id(tensor)] = _cut(name, tensor, plan)
+    whole, _ = aliases_of(model)
     replace_tensors(model, replaced)
+    share_memory(model, {name: owner for name, owner in whole.items() if name in plan.tensors})
     for change in plan.attributes:
         write_attribute(model, Attribute(change.module, change.name, change.index), change.after)
     _repair_layers(model)
@@ -117,6 +119,26 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new.train(model.get_submodule(path).training))
 
 
+def share_memory(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Put each tensor into the memory of another one again, by name -> its name; mutates `model`."""
+    state = state_of(model)
+    shared: dict[int, Tensor] = {}
+    for name, owner in aliases.items():
+        own, memory = state[name], state[owner].detach()
+        shared[id(own)] = nn.Parameter(memory, own.requires_grad) if isinstance(own, nn.Parameter) else memory
+    replace_tensors(model, shared)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of `model`. Buffers that are the memory of a parameter are so in the copy, too.
+
+    ``copy.deepcopy`` alone gives them memory of their own, and training would then leave them behind.
+    """
+    twin = copy.deepcopy(model)
+    share_memory(twin, aliases_of(model)[0])
+    return twin
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of `model` whose parameters and buffers have shapes but no memory."""
     memo: dict[int, object] = {}
@@ -128,7 +150,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a smaller copy of `model`."""
-    small = copy.deepcopy(model)
+    small = copied(model)
     apply_plan(small, plan)
     return small
 

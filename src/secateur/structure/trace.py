@@ -21,8 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import InvalidInputs
 from secateur.structure.attention import opened_attention
 from secateur.structure.calls import FunctionCall, implicitly_read, normalized_sizes, value_arguments
-from secateur.structure.dims import freeze, product
-from secateur.structure.inputs import Inputs, as_inputs, call_with_state, output_tensors, state_of, undisturbed
+from secateur.structure.dims import Dim, freeze, product
+from secateur.structure.inputs import (
+    Inputs,
+    aliases_of,
+    as_inputs,
+    call_with_state,
+    output_tensors,
+    state_of,
+    undisturbed,
+)
 from secateur.structure.operations import bind, operation_name
 from secateur.structure.provenance import TracedInt, traced_attributes
 from secateur.structure.rules import apply_rule
@@ -52,6 +60,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
             tracer.parameter_of[tensor] = name
+        _follow_aliases(model, tracer, state, tensors)
         for tensor in inputs.tensors():
             tracer.fresh(tensor, "input")
         tracer.history.begin(inputs.tensors())
@@ -72,6 +81,20 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
             for dim in tensors[name]:
                 freeze(dim, "not used in the traced call")
     return solve(model, tracer, tensors, inputs)
+
+
+def _follow_aliases(
+    model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], tensors: dict[str, list[Dim]]
+) -> None:
+    """Let tensors in one memory be one: they have the same dims, or none that can be cut; mutates `tensors`."""
+    whole, partly = aliases_of(model)
+    for name, owner in whole.items():
+        tensors[name] = tensors[owner]
+        tracer.set(state[name], tensors[owner])
+        tracer.parameter_of[state[name]] = owner
+    for name, owner in partly.items():
+        for dim in (*tensors[name], *tensors[owner]):
+            freeze(dim, f"{name} lies in the memory of {owner}, in another shape")
 
 
 def _trace_training(model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:

@@ -19,7 +19,7 @@ from secateur.core.masks import Masks
 from secateur.core.slots import Precision
 from secateur.errors import DataNeeded, TrainingDiverged
 from secateur.parts.recovery.fine_tune import FineTune
-from secateur.structure.inputs import undisturbed
+from secateur.structure.inputs import aliases_of, undisturbed
 from secateur.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from secateur.training.data import TensorBatches
 from secateur.training.fabric import average_buffers, make_fabric, share_data
@@ -264,7 +264,9 @@ def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
 @contextmanager
 def _fast_layout(model: nn.Module) -> Iterator[None]:
     """Put kernels into the memory layout in which CPU convolutions are fastest, if it is safe; restored."""
-    kernels = [p for p in model.parameters() if p.dim() == 4] if channels_last_is_safe(model) else []
+    shared = {owner for aliases in aliases_of(model) for owner in aliases.values()}  # moving them would part them
+    kernels = [p for name, p in model.named_parameters() if p.dim() == 4 and name not in shared]
+    kernels = kernels if channels_last_is_safe(model) else []
     strides = [p.stride() for p in kernels]
     for parameter in kernels:
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
