@@ -114,7 +114,7 @@ def test_cuts_that_cannot_be_proved_end_in_an_error(monkeypatch):
     """Trial cuts pass, the real ones fail: no network is returned, whatever is left to choose from."""
     model, x = toy("mlp")
     monkeypatch.setattr(
-        "secateur.parts.granularity.channel.proved_keep",
+        "secateur.parts.granularity.cut.proved_keep",
         lambda model, structure, kept: (
             Verification(1.0, ok=False),
             structure.frozen({next(name for name, mask in kept.items() if not mask.all()): "a test"}),
