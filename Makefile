@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+FAMILIES := .venv/families
 
 .PHONY: install demo test test-slow check format clean
 
@@ -14,6 +15,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[onnx,dev]'
 	touch $@
 
+# The libraries whose networks the slow tests prune.
+$(FAMILIES): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[timm,torchvision,transformers]'
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/secateur demo
 
@@ -23,7 +29,7 @@ test: $(INSTALLED)
 
 # What takes minutes: all mutants of the rules, thousands of random networks (another SEED draws others).
 SEED ?= 0
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(FAMILIES)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --hypothesis-seed=$(SEED) --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
+from functools import partial, reduce
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,7 @@ class Attribute:
 
     Attributes:
         module: The module's path.
-        name: The attribute's name, with dots if it lies in an object.
+        name: The attribute's name, with dots if it lies in an object, a list or a dict (``feature_info.0.num_chs``).
         index: Its place, if it stands in a tuple or list.
     """
 
@@ -159,13 +159,15 @@ def expression_of(value: int) -> Expression:
 
 
 @contextmanager
-def traced_attributes(model: nn.Module, on_value_read: Callable[[Expression], None]) -> Iterator[None]:
+def traced_attributes(
+    model: nn.Module, on_value_read: Callable[[Expression], None], kind: type[TracedInt] = TracedInt
+) -> Iterator[None]:
     """Replace every integer that a module holds by a `TracedInt`, and restore the originals at the end."""
     originals: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, prefix, namespace in _namespaces(model):
             for name, value in list(namespace.items()):
-                traced = _trace_value(path, prefix + name, value, on_value_read)
+                traced = _trace_value(path, prefix + name, value, partial(kind, on_value_read=on_value_read))
                 if traced is not value:
                     originals.append((namespace, name, value))
                     namespace[name] = traced
@@ -199,12 +201,11 @@ def is_settings(value: Any) -> bool:
     return hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 
 
-def _trace_value(path: str, name: str, value: Any, on_value_read: Callable[[Expression], None]) -> Any:
+def _trace_value(path: str, name: str, value: Any, traced: Callable[[int, Attribute], TracedInt]) -> Any:
     if type(value) is int:
-        return TracedInt(value, Attribute(path, name), on_value_read)
+        return traced(value, Attribute(path, name))
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        items = (TracedInt(item, Attribute(path, name, i), on_value_read) for i, item in enumerate(value))
-        return type(value)(items)
+        return type(value)(traced(item, Attribute(path, name, i)) for i, item in enumerate(value))
     return value
 
 
@@ -224,21 +225,31 @@ def _is_number(value: Any) -> bool:
 
 def read_attribute(model: nn.Module, attribute: Attribute) -> int:
     """Return the present value of an attribute."""
-    value = getattr(_holder(model, attribute), attribute.name.rpartition(".")[2])
+    holder, name = _holder(model, attribute)
+    value = _item(holder, name)
     return int(value if attribute.index is None else value[attribute.index])
 
 
 def write_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
     """Set an attribute; mutates `model`."""
-    holder, name = _holder(model, attribute), attribute.name.rpartition(".")[2]
-    if attribute.index is None:
-        vars(holder)[name] = value  # not by setattr: some configurations are frozen
+    holder, name = _holder(model, attribute)
+    new: Any = value
+    if attribute.index is not None:
+        old = _item(holder, name)
+        new = type(old)(value if i == attribute.index else item for i, item in enumerate(old))
+    if isinstance(holder, dict):
+        holder[name] = new
     else:
-        old = getattr(holder, name)
-        vars(holder)[name] = type(old)(value if i == attribute.index else item for i, item in enumerate(old))
+        vars(holder)[name] = new  # not by setattr: some configurations are frozen
 
 
-def _holder(model: nn.Module, attribute: Attribute) -> Any:
-    path = attribute.name.rpartition(".")[0]
-    module = model.get_submodule(attribute.module)
-    return attrgetter(path)(module) if path else module
+def _holder(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
+    """Return the object that has the attribute, and the attribute's name there."""
+    *path, name = attribute.name.split(".")
+    return reduce(_item, path, model.get_submodule(attribute.module)), name
+
+
+def _item(holder: Any, name: str) -> Any:
+    if isinstance(holder, dict):
+        return holder[name]
+    return holder[int(name)] if isinstance(holder, list | tuple) else getattr(holder, name)

@@ -13,32 +13,19 @@ network is decided by building one from it: same shapes, and the same numbers in
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Mapping, Set
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import InvalidInputs
-from secateur.structure.dims import size_under
-from secateur.structure.inputs import Inputs, call_with_state, relative_error, state_of, undisturbed
-from secateur.structure.plan import AttributeChange, Plan
-from secateur.structure.provenance import (
-    Attribute,
-    Expression,
-    TracedInt,
-    evaluate,
-    held_numbers,
-    is_settings,
-    read_attribute,
-    sources,
-    write_attribute,
-)
+from secateur.structure.inputs import state_of
+from secateur.structure.origins import Origins, read_origins, undo, write_harmlessly
+from secateur.structure.plan import Plan
+from secateur.structure.provenance import Attribute, TracedInt, held_numbers, is_settings, read_attribute
 from secateur.structure.structure import Structure
-from secateur.structure.surgery import FIELD, layer_size, write_note
+from secateur.structure.surgery import FIELD, write_note
 
 
 @dataclass(frozen=True)
@@ -46,16 +33,12 @@ class Settings:
     """What the configuration of a network said before any cut.
 
     Attributes:
-        origins: How each integer in the model was computed from fields; an integer is named by its place.
-        values: Every number that the model held.
-        sizes_of: Integers that layers of PyTorch's keep: the tensor and the dim that they are the size of.
+        origins: How each integer in the model was computed from fields.
         adjusted: Numbers that were set after the network was built.
         saved: The tensors that a state dict holds.
     """
 
-    origins: Mapping[Attribute, Expression]
-    values: Mapping[Attribute, int | float]
-    sizes_of: Mapping[Attribute, tuple[str, int]]
+    origins: Origins
     adjusted: frozenset[Attribute]
     saved: frozenset[str]
 
@@ -72,70 +55,20 @@ class Settings:
             cannot express the cut. A change after which the network computes something else is not made, and none is
             if a network built from the changed configuration would fit the weights but compute something else.
         """
-        stated = self._stated(structure, plan)
-        changes = self._changes(stated, known=structure.attributes.keys())
-        changes = changes if _apply_harmlessly(small, structure.inputs, changes) else ()
+        stated = self.origins.stated(structure, plan)
+        changes = self.origins.changes(stated, known=structure.attributes.keys())
+        changes = changes if write_harmlessly(small, structure.inputs, changes) else ()
         rebuilt = _rebuilt(type(small), copy.deepcopy(getattr(small, FIELD)))
         fits = rebuilt is not None and _shapes(rebuilt) == _shapes(small)
         expressed = fits and rebuilt is not None and self._computes_alike(rebuilt, small, plan)
         if fits and not expressed:
-            _undo(small, changes)
+            undo(small, changes)
             changes = ()
         plan = plan.model_copy(update={"attributes": (*plan.attributes, *changes)})
         if not expressed:
             plan = plan.model_copy(update={"note": _note(small, stated)})
             write_note(small, plan)
         return plan
-
-    def _stated(self, structure: Structure, plan: Plan) -> dict[Attribute, set[int]]:
-        """Return the values that the cut layers ask of each field; more than one if they do not agree."""
-        sizes = structure.sizes({name: len(axis.kept) for name, axis in plan.axes.items()})
-        direct: dict[Attribute, set[int]] = defaultdict(set)
-        computed: list[tuple[Expression, int]] = []
-        for attribute, expression in self.origins.items():
-            dim = structure.attributes.get(attribute)
-            if dim is None and attribute in self.sizes_of:
-                tensor, position = self.sizes_of[attribute]
-                dim = structure.tensors[tensor][position]
-            if dim is not None and isinstance(expression, Attribute):
-                direct[expression].add(size_under(dim, sizes))
-            elif dim is not None:
-                computed.append((expression, size_under(dim, sizes)))
-        return {**direct, **self._solved(computed, direct)}
-
-    def _solved(
-        self, computed: list[tuple[Expression, int]], direct: Mapping[Attribute, set[int]]
-    ) -> dict[Attribute, set[int]]:
-        """Return the fields that follow from computed sizes: heads x head_dim = size, where head_dim is known."""
-        solved: dict[Attribute, set[int]] = defaultdict(set)
-        for expression, size in computed:
-            fields = _fields(expression)
-            unknown = [field for field in fields if field not in direct]
-            known = {field: next(iter(direct[field])) for field in fields - {*unknown} if len(direct[field]) == 1}
-            if len(unknown) == 1 == len(fields) - len(known):
-                trials = range(1, int(self.values[unknown[0]]) + 1)
-                solved[unknown[0]] |= {n for n in trials if evaluate(expression, {}, {**known, unknown[0]: n}) == size}
-        return solved
-
-    def _changes(self, stated: Mapping[Attribute, set[int]], known: Set[Attribute]) -> tuple[AttributeChange, ...]:
-        """Return what follows for every remembered integer from the fields whose value is not in doubt.
-
-        Integers that the code reads when it runs are `known`: they follow their own axis, whatever a field says. So do
-        those of PyTorch's layers.
-        """
-        fields = {field for expression in self.origins.values() for field in _fields(expression)}
-        values = {field: int(self.values[field]) for field in fields if not stated.get(field)}
-        values |= {field: next(iter(found)) for field, found in stated.items() if len(found) == 1}
-        changes = []
-        for place, expression in self.origins.items():
-            if place in known or place in self.sizes_of or not values.keys() >= _fields(expression):
-                continue
-            before, after = int(self.values[place]), evaluate(expression, {}, values)
-            if before != after:
-                changes.append(
-                    AttributeChange(module=place.module, name=place.name, index=place.index, before=before, after=after)
-                )
-        return tuple(changes)
 
     def _computes_alike(self, rebuilt: nn.Module, small: nn.Module, plan: Plan) -> bool:
         """Return whether a network of the same shapes that was built anew computes what `small` does.
@@ -156,19 +89,11 @@ def read_settings(model: nn.Module) -> Settings | None:
     rebuilt = _rebuilt(type(model), traced)
     if rebuilt is None or _shapes(rebuilt) != _shapes(model):
         return None
-    names = {id(tensor): name for name, tensor in state_of(model).items()}
-    sizes = {place: layer_size(model.get_submodule(place.module), place.name) for place, _ in held_numbers(model)}
     return Settings(
-        origins={place: n.expression for place, n in held_numbers(rebuilt) if isinstance(n, TracedInt)},
-        values=dict(held_numbers(model)),
-        sizes_of={place: (names[id(found[0])], found[1]) for place, found in sizes.items() if found},
+        origins=read_origins(model, rebuilt),
         adjusted=frozenset(_differing(rebuilt, model)),
         saved=frozenset(model.state_dict()),
     )
-
-
-def _fields(expression: Expression) -> set[Attribute]:
-    return {source for source in sources(expression) if isinstance(source, Attribute)}
 
 
 class _FieldInt(TracedInt):
@@ -202,24 +127,6 @@ def _rebuilt(kind: type[nn.Module], config: Any) -> nn.Module | None:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state_of(model).items()}
-
-
-def _apply_harmlessly(small: nn.Module, inputs: Inputs, changes: tuple[AttributeChange, ...]) -> bool:
-    """Write the changes, or none if the network then computes something else: some code computes with its settings."""
-    with undisturbed(small):
-        before = call_with_state(small, state_of(small), inputs)
-    for change in changes:
-        write_attribute(small, Attribute(change.module, change.name, change.index), change.after)
-    with undisturbed(small), suppress(InvalidInputs):
-        if relative_error(call_with_state(small, state_of(small), inputs), before) == 0:
-            return True
-    _undo(small, changes)
-    return False
-
-
-def _undo(small: nn.Module, changes: tuple[AttributeChange, ...]) -> None:
-    for change in changes:
-        write_attribute(small, Attribute(change.module, change.name, change.index), change.before)
 
 
 def _differing(model: nn.Module, other: nn.Module) -> set[Attribute]:

@@ -13,6 +13,7 @@ from secateur.core.units import Kept, Limits, Units
 from secateur.structure.carry import ALONE, cut_in_place
 from secateur.structure.inputs import Inputs, state_of
 from secateur.structure.plan import Plan
+from secateur.structure.promises import read_promises
 from secateur.structure.prove import proved_keep
 from secateur.structure.settings import read_settings
 from secateur.structure.structure import Structure
@@ -37,7 +38,7 @@ class CutUnits(Units):
         self.limits = limits
         self.proofs: list[Verification] = []
         self.companions = ALONE
-        self._settings = read_settings(model)
+        self._remembered = [r for r in (read_settings(model), read_promises(model, inputs)) if r is not None]
         self._kept = {name: mask.clone() for name, mask in self.whole().items()}
 
     def whole(self) -> Kept:
@@ -62,10 +63,11 @@ class CutUnits(Units):
         return make_plan(self.dense_structure, self._kept)
 
     def finish(self, small: nn.Module) -> Plan:
-        """Return what remains, after letting the configuration of the final network say so; mutates `small`."""
-        if self._settings is None or self.plan == Plan():
-            return self.plan
-        return self._settings.state(small, self.dense_structure, self.plan)
+        """Return what remains, after letting what the final network says about itself follow; mutates `small`."""
+        plan = self.plan
+        for remembered in self._remembered if plan != Plan() else ():
+            plan = remembered.state(small, self.dense_structure, plan)
+        return plan
 
     def plan_of(self, kept: Kept) -> Plan:
         """Return the plan of a cut of the present model."""

@@ -1,0 +1,142 @@
+"""What timm promises about its models beyond ``forward``, and keeps after a cut.
+
+Each of timm's models has the same methods and integers, whatever its family: ``reset_classifier(n)`` builds a new head,
+``num_features`` counts the channels that ``forward_features`` returns, ``head_hidden_size`` those that
+``forward_head(pre_logits=True)`` returns, ``feature_info`` the channels that some modules return. ``forward`` reads
+none of these integers. They are found by running the methods: `reset_classifier` on a copy in which every integer
+remembers its place, the others before and after the cut. Integers about which neither says anything stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.structure.inputs import Inputs, undisturbed
+from secateur.structure.origins import Origins, change, read_origins, write_harmlessly
+from secateur.structure.plan import Plan
+from secateur.structure.provenance import Attribute, TracedInt, read_attribute, traced_attributes
+from secateur.structure.structure import Structure
+from secateur.structure.surgery import skeleton
+
+Shapes = Mapping[Attribute, torch.Size]
+"""For integers that count channels, the shape of the tensor whose channels they count."""
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What held before any cut.
+
+    Attributes:
+        origins: Which integers `reset_classifier` builds layers from.
+        shapes: The tensors whose channels integers count.
+        counted: Those integers.
+        equal: Pairs of places that `reset_classifier` compares, and that were equal.
+    """
+
+    origins: Origins
+    shapes: Shapes
+    counted: Mapping[Attribute, int]
+    equal: Collection[tuple[Attribute, Attribute]]
+
+    def state(self, small: nn.Module, structure: Structure, plan: Plan) -> Plan:
+        """Let the integers of `small` follow the cut; mutates `small`.
+
+        Returns:
+            The plan with these changes.
+        """
+        stated = self.origins.stated(structure, plan)
+        changes = {_place(c): c for c in self.origins.changes(stated, known=structure.attributes.keys())}
+        shapes = _shapes(small, structure.inputs)
+        for place, before in self.counted.items():
+            pairs = zip(self.shapes[place][1:], shapes.get(place, torch.Size())[1:], strict=False)
+            sizes = {after for dense, after in pairs if dense == before}  # the first dim is the batch
+            if len(sizes) == 1 and place not in structure.attributes:
+                changes[place] = change(place, before, sizes.pop())
+        follows = {b: a for pair in self.equal for a, b in (pair, pair[::-1]) if a in changes and b not in changes}
+        for place in follows.keys() - structure.attributes.keys() - self.origins.sizes_of.keys():
+            source = changes[follows[place]]
+            changes[place] = change(place, source.before, source.after)
+        real = tuple(c for c in changes.values() if c.before != c.after)
+        if not write_harmlessly(small, structure.inputs, real):
+            return plan
+        return plan.model_copy(update={"attributes": (*plan.attributes, *real)})
+
+
+def read_promises(model: nn.Module, inputs: Inputs) -> Promises | None:
+    """Return what holds of an uncut model; None if it is none of timm's."""
+    if not all(callable(getattr(model, name, None)) for name in ("forward_features", "reset_classifier")):
+        return None
+    copied = skeleton(model)
+    equal: list[tuple[Attribute, Attribute]] = []
+    kind = type("Compared", (_Compared,), {"equal": equal})
+    with traced_attributes(copied, lambda expression: None, kind), torch.device("meta"):
+        with suppress(Exception):  # some heads cannot be reset, each in its own way
+            copied.reset_classifier(2)  # type: ignore[operator]
+        origins = read_origins(model, copied)
+    shapes = _shapes(model, inputs)
+    return Promises(origins, shapes, {place: read_attribute(model, place) for place in shapes}, equal)
+
+
+class _Compared(TracedInt):
+    """An integer that notes which others it was compared with and is equal to."""
+
+    equal: ClassVar[list[tuple[Attribute, Attribute]]]
+
+    def __eq__(self, other: object) -> bool:
+        same = int(self) == other
+        if same and isinstance(other, TracedInt):
+            pair = (self.expression, other.expression)
+            if isinstance(pair[0], Attribute) and isinstance(pair[1], Attribute):
+                self.equal.append((pair[0], pair[1]))
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+
+def _shapes(model: nn.Module, inputs: Inputs) -> Shapes:
+    shapes: dict[Attribute, torch.Size] = {}
+    with undisturbed(model), ExitStack() as stack, suppress(Exception):  # not every model has every method
+        for place, module in _described(model):
+            handle = module.register_forward_hook(
+                lambda module, args, output, place=place: _record(shapes, place, output)
+            )
+            stack.callback(handle.remove)
+        features = model.forward_features(*inputs.args, **inputs.kwargs)  # type: ignore[operator]
+        _record(shapes, Attribute("", "num_features"), features)
+        hidden = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        _record(shapes, Attribute("", "head_hidden_size"), hidden)
+    return {place: shape for place, shape in shapes.items() if _exists(model, place)}
+
+
+def _described(model: nn.Module) -> Iterator[tuple[Attribute, nn.Module]]:
+    """Yield the places in `feature_info` that count channels, with the modules that return them."""
+    entries = getattr(model, "feature_info", None)
+    names = dict(model.named_modules())
+    for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if isinstance(entry, dict) and entry.get("module") in names and isinstance(entry.get("num_chs"), int):
+            yield Attribute("", f"feature_info.{i}.num_chs"), names[entry["module"]]
+
+
+def _record(shapes: dict[Attribute, torch.Size], place: Attribute, output: Any) -> None:
+    if isinstance(output, Tensor):
+        shapes[place] = output.shape
+
+
+def _exists(model: nn.Module, place: Attribute) -> bool:
+    with suppress(AttributeError, TypeError):
+        return read_attribute(model, place) > 0
+    return False
+
+
+def _place(changed: Any) -> Attribute:
+    return Attribute(changed.module, changed.name, changed.index)

@@ -1,0 +1,86 @@
+"""Models of Hugging Face after a cut: generation with every cache, configurations, saving and loading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.coverage import zoo
+from benchmarks.coverage.hugging_face import TYPES
+
+import secateur as sc
+from secateur.structure.inputs import relative_error
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'secateur[transformers]'")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+GENERATING = "gpt2 gpt_neox opt llama qwen3 gemma2 phi3 falcon mamba t5 bart whisper".split()
+UNIFORM = "llama mistral qwen2 qwen3 cohere granite".split()
+NOT_EXPRESSIBLE = "bert gpt2 gemma t5 bart whisper swin clip".split()
+
+
+def build(model_type):
+    return zoo.build(f"hf:{model_type}")
+
+
+def prune(model, inputs, macs, **options):
+    return sc.prune(model, inputs, granularity="channel", budget=sc.Budget(macs=macs), **options)
+
+
+@pytest.mark.parametrize("model_type", GENERATING)
+def test_generation_with_caches_agrees_with_generation_without(model_type):
+    model, inputs = build(model_type)
+    small = prune(model, inputs, 0.6).model
+    prompt = {name: value for name, value in inputs.items() if name in ("input_ids", "input_features")}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    for beams in (1, 3):
+        plain = small.generate(**prompt, **settings, num_beams=beams, use_cache=False)
+        kinds = [{}, {"cache_implementation": "dynamic"}]
+        kinds += [{"cache_implementation": "static"}] if beams == 1 else []
+        for kind in kinds:
+            assert torch.equal(small.generate(**prompt, **settings, num_beams=beams, use_cache=True, **kind), plain)
+
+
+@pytest.mark.parametrize("model_type", UNIFORM)
+def test_configurations_that_express_the_cut_make_from_pretrained_work(model_type, tmp_path):
+    model, inputs = build(model_type)
+    pruned = prune(model, inputs, 0.3, allocation="uniform")
+    config = pruned.model.config
+    assert not pruned.structure_plan.note
+    assert (config.hidden_size, config.intermediate_size) == (16, 32)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
+    assert (model.config.hidden_size, model.config.num_attention_heads) == (32, 4)
+    pruned.model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert relative_error(again(**inputs), pruned.model(**inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", NOT_EXPRESSIBLE)
+def test_configurations_that_cannot_express_the_cut_say_so(model_type, tmp_path):
+    model, inputs = build(model_type)
+    pruned = prune(model, inputs, 0.5)
+    assert "cannot express it" in pruned.model.config.pruned_by_secateur
+    pruned.model.save_pretrained(tmp_path / "folder")
+    assert "pruned_by_secateur" in (tmp_path / "folder" / "config.json").read_text()
+    with pytest.raises((RuntimeError, ValueError)):  # loudly, never a network that computes something else
+        type(model).from_pretrained(tmp_path / "folder")
+    sc.save(pruned, tmp_path / "small.safetensors")
+    again = sc.load(tmp_path / "small.safetensors", build=lambda: build(model_type)[0])
+    assert again.config.to_dict() == pruned.model.config.to_dict()
+    assert relative_error(again(**inputs), pruned.model(**inputs)) == 0
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_no_saved_folder_loads_as_a_network_that_computes_something_else(model_type, tmp_path):
+    model, inputs = build(model_type)
+    try:
+        pruned = prune(model, inputs, 0.6, allocation="uniform")
+    except sc.errors.BudgetUnreachable:
+        pruned = prune(model, inputs, 0.95)
+    pruned.model.save_pretrained(tmp_path)
+    try:
+        again = type(model).from_pretrained(tmp_path).eval()
+    except (RuntimeError, ValueError):
+        assert pruned.structure_plan.note
+        return
+    assert relative_error(again(**inputs), pruned.model(**inputs)) < 1e-5
