@@ -203,3 +203,37 @@ def test_optimizers_forget_dropped_parameters_and_keep_the_rest():
     cut_in_place(model, make_plan(structure, {structure.branches[0].name: GONE}), Companions((optimizer,)))
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters()) == kept == set(optimizer.state)
     assert all(torch.equal(optimizer.state[p]["exp_avg"], before[p]) for p in kept)
+
+
+class Cached(nn.Module):
+    """Two branches that fill a cache, whose first entry says how long it is; one returns no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.keys = nn.Linear(4, 6), nn.ModuleList(Remember() for _ in range(3))
+
+    def forward(self, x):
+        x, cache = self.stem(x), {"past": []}
+        for i, layer in enumerate(self.keys):
+            x = x + (layer(x, cache)[0] if i < 2 else layer(x, cache, form=dict)["y"])
+        return x
+
+
+class Remember(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x, cache, form=tuple):
+        cache["past"].append(self.f(x))
+        return (cache["past"][-1], cache) if form is tuple else {"y": cache["past"][-1]}
+
+
+def test_the_first_to_fill_a_cache_and_modules_of_another_form_stay():
+    structure = proved_depth(Cached().eval(), torch.randn(2, 4))
+    reasons = {branch.name: branch.reason for branch in structure.branches}
+    assert reasons == {
+        "keys.0": "keys.0 is the first to fill a dict, which is asked for its length there",
+        "keys.1": "",
+        "keys.2": "keys.2 returns neither a tensor nor a tuple that begins with one",
+    }

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -55,9 +56,10 @@ def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
     """Return the residual branches in order, and let the additions be sites where they are consumed."""
     runs = _Runs(model, tracer.history)
     found = [(addition, runs.computing(addition)) for addition in residual_additions(tracer)]
-    branches = []
+    branches: list[Branch] = []
+    caches: list[Any] = []
     for addition, calls in _disjoint([each for each in found if each[1]], tracer.history):
-        branch = _branch(model, tracer, calls)
+        branch = _branch(model, tracer, calls, _obstacle(calls, caches))
         operation = tracer.history.values[addition.total].operation
         tracer.sites[operation].append(Site(addition.argument, 0, branch.leaf))
         branches.append(branch)
@@ -75,19 +77,30 @@ def _disjoint(found: Sequence[Computed], history: History) -> list[Computed]:
     return [(addition, calls) for addition, calls in blocks if addition not in parts]
 
 
-def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall]) -> Branch:
+def _obstacle(calls: Sequence[ModuleCall], caches: list[Any]) -> str:
+    """Return why a branch must stay, or ""; adds the caches that it fills to those that are known."""
+    for call in calls:
+        new = [cache for cache in call.filled if not any(cache is known for known in caches)]
+        caches.extend(new)
+        if new:
+            return f"{call.name} is the first to fill a {type(new[0]).__name__}, which is asked for its length there"
+        if call.entries == 0:
+            return f"{call.name} returns neither a tensor nor a tuple that begins with one"
+    return ""
+
+
+def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall], obstacle: str) -> Branch:
     modules = {call.name: model.get_submodule(call.name) for call in calls}
     gate = max((c for call in calls for c in tracer.history.within(call) if _own(model, c.name)), key=lambda c: c.start)
     costs = [dims for call in calls for i in range(call.start, call.stop) for dims in tracer.multiply_adds.get(i, ())]
-    formless = [call.name for call in calls if call.entries == 0]
     return Branch(
         name=_joined(list(modules)),
         modules=tuple((call.name, call.entries) for call in calls),
         tensors=tuple(f"{path}.{name}" for path, module in modules.items() for name in _tensors(module)),
         gate=tuple(f"{gate.name}.{name}" for name in _own(model, gate.name)),
         macs=sum(prod(dim.size for dim in dims) for dims in costs),
-        prunable=not formless,
-        reason=f"{formless[0]} returns neither a tensor nor a tuple that begins with one" if formless else "",
+        prunable=not obstacle,
+        reason=obstacle,
         leaf=leaf(1),
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from secateur.structure.inputs import held_tensors
+
 
 @dataclass(eq=False)
 class ModuleCall:
@@ -22,6 +24,7 @@ class ModuleCall:
         last: The number of the last call that is a part of it.
         entries: Length of the tuple or list that it returned; None if it returned a tensor; 0 if neither, or if no
             tensor comes first.
+        filled: The arguments that hold something that the call has computed: caches.
     """
 
     name: str
@@ -31,6 +34,7 @@ class ModuleCall:
     stop: int = 0
     last: int = 0
     entries: int | None = 0
+    filled: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,20 @@ class History:
         self._inside.append(ModuleCall(name, len(self.calls), parent, self.operations))
         self.calls.append(self._inside[-1])
 
-    def leave(self, output: Any) -> None:
+    def leave(self, arguments: Iterable[Any], output: Any) -> None:
         """Note that the innermost module ends."""
         call = self._inside.pop()
+        call.filled = tuple(a for a in arguments if not isinstance(a, Tensor) and self._holds_since(a, call.start))
         call.stop, call.last = self.operations, len(self.calls) - 1
         if isinstance(output, Tensor):
             call.entries = None
         elif type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
             call.entries = len(output)
+
+    def _holds_since(self, container: Any, start: int) -> bool:
+        """Return whether a container or an object holds a tensor that was computed at `start` or later."""
+        numbers = (self._value_of.get(tensor) for tensor in held_tensors(container))
+        return any(number is not None and self.values[number].operation >= start for number in numbers)
 
     def within(self, call: ModuleCall) -> list[ModuleCall]:
         """Return a call and all calls that are parts of it."""

@@ -200,6 +200,25 @@ def _tensors_in(output: Any, any_class: bool) -> list[Tensor]:
     return found
 
 
+def held_tensors(value: Any) -> list[Tensor]:
+    """Return every tensor in a container, or in the attributes of an object, at any depth; modules are not opened."""
+    found, waiting, seen = [], [value], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, type | nn.Module):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple | set):
+            waiting.extend(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        else:
+            waiting.extend(getattr(item, "__dict__", {}).values())
+    return found
+
+
 OUTLIER = 1e4
 """Entries so many times larger than the typical one (masked logits) are compared with themselves."""
 

@@ -111,14 +111,24 @@ class _Ties:
             reasons = [reason for member in members for reason in member.reasons]
             if not reasons and self.events(next(iter(members))) < 2:
                 reasons = ["one unit"]
-            if reasons:
-                for member in members:
-                    freeze(member, f"must stay as long as an axis that is frozen: {reasons[0]}")
+            for member in members if reasons else ():
+                together = len(members) > 1
+                freeze(member, f"must stay as long as an axis that is frozen: {reasons[0]}" if together else reasons[0])
+
+    def keep_multiple(self, dim: Dim, multiple: int, where: str) -> None:
+        """Let every axis of a dim lose so many units at a time that it stays a multiple."""
+        for node in _wide_leaves(dim):
+            if node.size % multiple:
+                freeze(node, f"must stay a multiple of {multiple} together with others ({where})")
+            rates = self.of(node)
+            factor = multiple // gcd(multiple, rates[node])
+            wider = {member: rate * factor for member, rate in rates.items()}
+            self._class_of.update(dict.fromkeys(wider, wider))
 
     def classes(self) -> list[dict[Dim, int]]:
-        """Return each class once."""
+        """Return each class once; an axis that loses several units at a time is a class, too."""
         unique = {id(members): members for members in self._class_of.values()}
-        return [members for members in unique.values() if len(members) > 1]
+        return list(unique.values())
 
 
 def _wide_leaves(dim: Dim) -> list[Dim]:
@@ -142,6 +152,8 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
     for pieces, where in tracer.equal_counts:
         for a, b in pairwise(pieces):
             ties.add(a, b, where)
+    for dim, multiple, where in tracer.multiples:
+        ties.keep_multiple(dim, multiple, where)
     _freeze_read(tracer, attributes)
     ties.spread_freezes()
     for constraint in tracer.constraints:

@@ -175,15 +175,15 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         tracer.modules.append(names.get(module, type(module).__name__))
         tracer.history.enter(tracer.modules[-1])
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tracer.modules.pop()
-        tracer.history.leave(output)
+        tracer.history.leave((*args, *kwargs.values()), output)
 
     with ExitStack() as stack:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
             # Otherwise a Python function such as F.multi_head_attention_forward arrives as one opaque call.
             stack.enter_context(patch.object(torch.nn.functional, name, lambda *_: False))
         stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        stack.callback(register_module_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         stack.enter_context(traced_attributes(model, tracer.read_value))
         yield

@@ -57,6 +57,7 @@ class Tracer:
     parameter_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     constraints: list[Constraint] = field(default_factory=list)
     value_reads: list[tuple[Expression, str]] = field(default_factory=list)
+    multiples: list[tuple[Dim, int, str]] = field(default_factory=list)
     equal_counts: list[tuple[list[Dim], str]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     sites: dict[int, list[Site]] = field(default_factory=lambda: defaultdict(list))
@@ -158,6 +159,10 @@ class Tracer:
         """Constrain each dim by the size that the code wrote for it."""
         for expression, dim in zip(sizes, dims, strict=True):
             self.constrain(expression, dim)
+
+    def keep_multiple(self, dim: Dim, multiple: int) -> None:
+        """Say that the operation takes no other sizes of a dim than multiples."""
+        self.multiples.append((dim, multiple, self.where()))
 
     def read_value(self, expression: Expression) -> None:
         """Say that the code uses a size as a number."""

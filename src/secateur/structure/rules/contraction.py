@@ -59,6 +59,10 @@ def baddbmm(call: OpCall) -> None:
     broadcast(call.tracer, [call.out, call["self"]], 3)
 
 
+_GROUPED_MULTIPLE = 8
+"""The operation takes only rows of a multiple of 16 bytes, which are 8 entries of the narrowest type that it takes."""
+
+
 @rule("_grouped_mm")
 def grouped_mm(call: OpCall) -> None:
     """Runs of rows, each with a matrix of its own: (m, k) x (groups, k, n) -> (m, n)."""
@@ -67,6 +71,8 @@ def grouped_mm(call: OpCall) -> None:
         raise NotImplementedError(f"{a.dim()}-d x {b.dim()}-d")
     rows, (groups, _, n) = tracer.dims(a)[0], tracer.dims(b)
     tracer.freeze([rows, groups], "rows are assigned to groups by value")
+    for dim in (tracer.dims(a)[1], n):
+        tracer.keep_multiple(dim, _GROUPED_MULTIPLE)
     tracer.use_as("experts", groups)
     tracer.use_as("matrix in", tracer.dims(a)[1])
     tracer.use_as("matrix out", n)
