@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import yaml
 
 import secateur as sc
-from secateur.cli import common, main
+from secateur.cli import common, inspect, main
 from secateur.testing.toys import NETWORKS
 
 USER = """
@@ -89,7 +91,17 @@ def test_inspect_shows_axes_and_frozen_dims(cli):
     assert {"tensors", "uncuttable", "ties"} <= data.keys() and axis["macs_share"] < 0.01
 
 
-def test_inspect_folds_repeated_blocks_unless_all_are_asked_for(cli):
+@pytest.fixture(scope="module")
+def analyzed_vit():
+    return inspect._analyzed(*inspect._model_and_inputs("digits/vit", None, None))
+
+
+@pytest.fixture
+def analyzed_once(monkeypatch, analyzed_vit):
+    monkeypatch.setattr(inspect, "_analyzed", lambda network, inputs: analyzed_vit)
+
+
+def test_inspect_folds_repeated_blocks_unless_all_are_asked_for(cli, analyzed_once):
     folded = cli("inspect", "digits/vit")[1]
     assert "blocks.*.mlp.0" in folded and "4 x 256" in folded and "residual stream" in folded
     assert "cannot be cut at all: fc.bias (10)" in folded and "indexed by a number" in folded
@@ -97,7 +109,27 @@ def test_inspect_folds_repeated_blocks_unless_all_are_asked_for(cli):
     assert "blocks.3.mlp.0" in every and "indexed by a number (unbind in blocks.3.attention)" in every
 
 
-def test_inspect_says_why(cli):
+@pytest.mark.parametrize("arguments", ["digits/vit", "digits/vit --why blocks.0.attention.qkv.weight"])
+def test_the_readme_shows_what_inspect_prints(cli, analyzed_once, monkeypatch, arguments):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = re.search(rf"\$ secateur inspect {re.escape(arguments)}\n(.*?)(\.\.\.\n)?```", readme, re.DOTALL)[1]
+    monkeypatch.setenv("COLUMNS", "92")
+    printed = "\n".join(line.rstrip() for line in cli("inspect", *arguments.split())[1].splitlines())
+    assert printed.startswith(shown.rstrip())
+
+
+def test_inspect_draws_the_network(cli, analyzed_once, tmp_path):
+    code, out, _ = cli("inspect", "digits/vit", "--report", "net.html")
+    assert (
+        code == 0
+        and "Wrote net.html" in out
+        and "What can be cut from digits/vit" in (tmp_path / "net.html").read_text()
+    )
+    code, out, err = cli("inspect", "digits/vit", "--report", "missing/net.html")
+    assert code == 2 and out == "" and "missing" in err and len(err.strip().splitlines()) == 1
+
+
+def test_inspect_says_why(cli, analyzed_once):
     out = cli("inspect", "digits/vit", "--why", "blocks.1.attention.qkv.weight")[1]
     assert "192 = 3! x 4 x 16" in out and "taken apart as 3 x 4 x 16 by reshape in blocks.1.attention (networks" in out
     assert "frozen: indexed by a number (unbind in blocks.1.attention)" in out
@@ -235,8 +267,6 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, args, message):
     ],
 )
 def test_bad_recipes_are_one_line(cli, tmp_path, change, message):
-    import re
-
     content = {key: value for key, value in {**OWN, **change}.items() if value is not None}
     code, _, err = cli("prune", recipe(tmp_path, **content))
     assert code == 2 and re.search(message, err) and len(err.strip().splitlines()) == 1, err

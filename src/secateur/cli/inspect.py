@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ def command(
     shape: Annotated[str | None, typer.Option(help="Shape of the input, for example 1,3,224,224.")] = None,
     example: Annotated[str | None, typer.Option(help="module:function that returns example inputs.")] = None,
     why: Annotated[str | None, typer.Option(help="Explain this tensor or axis: what it is tied to, and where.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a drawing of the network to this HTML file.")] = None,
     every: Annotated[bool, typer.Option("--all", help="List every axis: do not fold repeated blocks.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,12 +37,18 @@ def command(
 
     network, inputs = _model_and_inputs(model, shape, example)
     structure, error = _analyzed(network, inputs)
+    if report is not None:
+        from secateur.measure.drawing import drawing_page
+
+        drawing_page(structure, model, error).write(report)
     if why is not None:
         explanation.show(structure, why, as_json)
     elif as_json:
         print_json(_as_dict(structure, error))
     else:
         _show(structure, model, error, every)
+    if report is not None and not as_json:
+        console.print(f"\nWrote {report}.", markup=False)
 
 
 def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tuple[nn.Module, Any]:

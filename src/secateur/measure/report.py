@@ -70,7 +70,9 @@ class Page:
 
     def html(self) -> str:
         """Return the page; it needs no network."""
-        return _templates().get_template("report.html.j2").render(vars(self), plotly_js=plotly_offline.get_plotlyjs())
+        plots = any("Plotly.newPlot" in section.figure for section in self.sections)
+        script = plotly_offline.get_plotlyjs() if plots else ""
+        return templates().get_template("report.html.j2").render(vars(self), plotly_js=script)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the page; the file appears whole or not at all."""
@@ -79,7 +81,8 @@ class Page:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """Return the templates of reports."""
     return Environment(loader=PackageLoader("secateur.measure"), autoescape=True, undefined=StrictUndefined)
 
 

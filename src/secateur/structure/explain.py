@@ -213,3 +213,9 @@ def common_name(names: Sequence[str]) -> str:
     """Return names that are equal when `starred` as one: the numbers that differ become stars."""
     split = [re.split(_NUMBER, name) for name in names]
     return "".join(pieces[0] if len(set(pieces)) == 1 else "*" for pieces in zip(*split, strict=True))
+
+
+def varying_numbers(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the first number that differs among names that are equal when `starred`, for each name; or nothing."""
+    columns = zip(*(re.findall(_NUMBER, name) for name in names), strict=True)
+    return next((column for column in columns if len(set(column)) > 1), ())

@@ -40,6 +40,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,
         branches=branches,
+        order=tuple(tracer.used),
         inputs=inputs,
     )
 

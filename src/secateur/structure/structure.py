@@ -60,7 +60,9 @@ class Structure:
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
+        parameters: Names of the parameters; the other tensors are buffers.
         branches: The residual branches.
+        order: Parameters and buffers that the run used, in the order of their first use.
         inputs: The example inputs.
     """
 
@@ -74,6 +76,7 @@ class Structure:
     multiply_adds: tuple[tuple[Dim, ...], ...]
     parameters: frozenset[str]
     branches: tuple[Branch, ...]
+    order: tuple[str, ...]
     inputs: Inputs = field(repr=False)
 
     def axis(self, name: str) -> Axis:

@@ -68,7 +68,7 @@ class Tracer:
     consumers: dict[str, list[Dim]] = field(default_factory=lambda: defaultdict(list))
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
+    used: dict[str, None] = field(default_factory=dict)
     training: bool = False
     orders: Iterator[int] = field(default_factory=count)
 
@@ -136,7 +136,7 @@ class Tracer:
 
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Record which parameters and buffers take part in the run."""
-        self.used.update(self.parameter_of[t] for t in tensors if t in self.parameter_of)
+        self.used.update((self.parameter_of[t], None) for t in tensors if t in self.parameter_of)
 
     # -------------------------------------------------------------------------------------------- equations
 
