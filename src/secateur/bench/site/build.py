@@ -1,0 +1,182 @@
+"""Writes the site: one page per benchmark and per method, one page that shows any record, the framework, a guide."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import plotly.offline as plotly_offline
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from secateur.atomic import written_atomically
+from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
+from secateur.bench.records import Record
+from secateur.bench.site.entries import command, entry, places, shards, slug, verdicts
+from secateur.bench.store import Refused, Store, standing
+from secateur.bench.summary import summarize
+from secateur.core.method import method, methods
+from secateur.core.recipe import Recipe
+from secateur.core.registry import Card
+
+STATIC = ("site.css", "board.js", "record.js")
+
+
+@dataclass(frozen=True)
+class Board:
+    """All that the pages know about one benchmark.
+
+    Attributes:
+        benchmark: What was asked.
+        records: All valid records.
+        refused: Files that are none.
+        entries: Lines of the table, see `secateur.bench.site.entries.entry`.
+        verdicts: Sentences.
+    """
+
+    benchmark: Benchmark
+    records: list[Record]
+    refused: list[Refused]
+    entries: list[dict[str, Any]]
+    verdicts: list[str]
+
+    @property
+    def slug(self) -> str:
+        """The name in addresses."""
+        return slug(self.benchmark.name)
+
+    @property
+    def official(self) -> int:
+        """How many lines of the table rest on official records alone."""
+        return sum(line["official"] for line in self.entries)
+
+
+def build_site(store: Store, out: Path) -> list[Board]:
+    """Write the site of all records into the folder `out`, which is made if it is missing; returns the boards.
+
+    The same records give the same files. Pages of benchmarks and methods that no longer exist are deleted.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    boards = [_board(find_benchmark(name), store) for name in benchmark_names()]
+    boards = [board for board in boards if board.records or board.refused]
+    cards = methods()
+    answers = [(card, slots_of(method(card.name).recipe)) for card in cards]
+    files = {
+        "index.html": _render("index.html.j2", "", boards=boards),
+        "record.html": _render("record.html.j2", ""),
+        "framework.html": _render("framework.html.j2", "", methods=answers),
+        "add-a-method.html": _render("add_a_method.html.j2", ""),
+    }
+    for board in boards:
+        files[f"benchmarks/{board.slug}.html"] = _render("benchmark.html.j2", "../", board=board)
+    for card, slots in answers:
+        files[f"methods/{card.name}.html"] = _method_page(card, slots, boards)
+    for name in STATIC:
+        files[f"assets/{name}"] = (resources.files("secateur.bench.site") / "static" / name).read_text("utf-8")
+    files["assets/plotly.min.js"] = plotly_offline.get_plotlyjs()
+    for board in boards:
+        _write_shards(out, board, store)
+        files |= dict.fromkeys((f"data/{name}.js" for name in shards(board.benchmark.name, board.records)), "")
+    for name, text in files.items():
+        if text:
+            _write(out / name, text)
+    _delete_others(out, files)
+    return boards
+
+
+def _board(benchmark: Benchmark, store: Store) -> Board:
+    records, refused = store.read(benchmark.name)
+    cards = {card.name: card for card in methods()}
+    address = places(benchmark.name, records)
+    rows = summarize(records, benchmark)
+    entries = [entry(row, benchmark, cards, address) for row in rows]
+    return Board(benchmark, records, refused, entries, verdicts(rows))
+
+
+def _write_shards(out: Path, board: Board, store: Store) -> None:
+    """Write the records as scripts: a page that was opened from a file may load those, but not JSON."""
+    reasons = standing(board.records, board.benchmark)
+    for name, records in shards(board.benchmark.name, board.records).items():
+        content = {
+            record.id: {
+                "file": store.path(record.run).relative_to(store.folder).as_posix(),
+                "page": f"benchmarks/{board.slug}.html",
+                "command": command(record.run),
+                "reasons": reasons[record.id],
+                "label": record.run.label,
+                "record": record.content(),
+            }
+            for record in records
+        }
+        _write(out / "data" / f"{name}.js", f"secateurRecords({json.dumps(content, separators=(',', ':'))});\n")
+
+
+def slots_of(recipe: Recipe) -> dict[str, str]:
+    """Return how a recipe answers each question, in words; settings that differ from their defaults in brackets."""
+    words = {}
+    for name in type(recipe).model_fields:
+        answer = getattr(recipe, name)
+        if not hasattr(answer, "model_dump"):
+            words[name] = str(answer)
+            continue
+        defaults = {key: field.default for key, field in type(answer).model_fields.items()}
+        other = [f"{k}={v}" for k, v in dict(answer).items() if k in defaults and v != defaults[k]]
+        words[name] = getattr(answer, "name", "default") + (f" ({', '.join(other)})" if other else "")
+    return words
+
+
+def _method_page(card: Card, slots: dict[str, str], boards: Iterable[Board]) -> str:
+    lines = [
+        (board, line) for board in boards for line in board.entries if line["arm"] == card.name and line["value"]
+    ]
+    return _render(
+        "method.html.j2",
+        "../",
+        card=card,
+        text=_card_html(card),
+        slots=slots,
+        lines=lines,
+    )
+
+
+def _card_html(card: Card) -> Markup:
+    """Return a card as HTML, without its comments; code that scrolls can be reached by the keyboard."""
+    text = MarkdownIt("commonmark", {"html": False}).enable("table").render(_COMMENT.sub("", card.text))
+    return Markup(text.replace("<pre>", '<pre tabindex="0">'))
+
+
+_COMMENT = re.compile("<!--.*?-->", re.DOTALL)
+
+
+@cache
+def _templates() -> Environment:
+    templates = Environment(loader=PackageLoader("secateur.bench.site"), autoescape=True, undefined=StrictUndefined)
+    templates.filters["points"] = lambda number: f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return templates
+
+
+def _render(template: str, root: str, **values: Any) -> str:
+    return _templates().get_template(template).render(root=root, **values)
+
+
+def _delete_others(out: Path, files: Collection[str]) -> None:
+    """Delete what an earlier build has written and this one has not."""
+    for pattern in ("benchmarks/*.html", "methods/*.html", "data/*.js"):
+        for path in out.glob(pattern):
+            if path.relative_to(out).as_posix() not in files:
+                path.unlink()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,93 @@
+"""Serves the leaderboard on this machine, and builds it anew when records change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from secateur.bench.site.build import build_site
+from secateur.bench.store import Store
+
+SECONDS = 2.0
+"""Between two looks at the records."""
+
+
+class Site:
+    """The built pages, kept up to date while they are served.
+
+    Args:
+        store: The records.
+        out: Folder of the pages.
+        on_build: Called with the number of records after each build.
+    """
+
+    def __init__(self, store: Store, out: Path, on_build: Callable[[int], None]) -> None:
+        self.store, self.out, self.on_build = store, out, on_build
+        self.builds = 0
+        self._seen: object = None
+        self._stop = threading.Event()
+
+    def refresh(self) -> bool:
+        """Build the pages if records were added, replaced or removed since the last look; return whether."""
+        files = {path: path.stat().st_mtime_ns for path in self.store.folder.rglob("*.json")}
+        if files == self._seen:
+            return False
+        self._seen = files
+        boards = build_site(self.store, self.out)
+        self.builds += 1
+        self.on_build(sum(len(board.records) for board in boards))
+        return True
+
+    def serve(self, port: int, on_address: Callable[[str], None]) -> None:
+        """Serve on 127.0.0.1 until `stop` or an interrupt; port 0 takes a free one.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        self.refresh()
+        with ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, site=self, directory=str(self.out))) as server:
+            on_address(f"http://127.0.0.1:{server.server_address[1]}/")
+            threading.Thread(target=self._watch, args=(server,), daemon=True).start()
+            try:
+                server.serve_forever(poll_interval=0.2)
+            finally:
+                self._stop.set()
+
+    def stop(self) -> None:
+        """End `serve`."""
+        self._stop.set()
+
+    def _watch(self, server: ThreadingHTTPServer) -> None:
+        while not self._stop.wait(SECONDS):
+            self.refresh()
+        server.shutdown()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Serves files, and at /built how many times they were built, so that open pages know when to reload."""
+
+    def __init__(self, *args: Any, site: Site, **kwargs: Any) -> None:
+        self.site = site
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self) -> None:
+        if self.path != "/built":
+            return super().do_GET()
+        body = str(self.site.builds).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        """Say that nothing may be kept: the pages change."""
+        self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay silent."""

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.request
+from html.parser import HTMLParser
+
+import pytest
+from tests.bench.synthetic import CODE, record, records
+
+from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.records import Reported
+from secateur.bench.site import entries
+from secateur.bench.site.build import build_site, slots_of
+from secateur.bench.site.serve import Site
+from secateur.bench.store import Store
+from secateur.bench.summary import summarize
+from secateur.core.method import method
+from secateur.core.registry import cards
+
+BENCHMARK = find_benchmark("digits/resnet8")
+RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "records")
+    for one in records(BENCHMARK):
+        store.publish(one)
+    return store
+
+
+def run_of(arm, budget, seed=0):
+    return next(run for run in RUNS if (run.arm, run.budget_label, run.seed) == (arm, budget, seed))
+
+
+class Links(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.ids = set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.found |= {values[key] for key in ("href", "src") if values.get(key)}
+
+
+def board_of(page):
+    text = re.search(r'id="board">(.*?)</script>', page.read_text(), re.S).group(1)
+    return json.loads(text)
+
+
+def test_every_page_is_written_and_every_link_leads_somewhere(store, tmp_path):
+    out = tmp_path / "site"
+    (board,) = build_site(store, out)
+    assert board.benchmark == BENCHMARK and len(board.records) == len(RUNS) == board.official * 3
+    pages = {path.relative_to(out).as_posix() for path in out.rglob("*.html")}
+    assert pages == {
+        *("index.html", "record.html", "framework.html", "add-a-method.html", "benchmarks/digits-resnet8.html"),
+        *(f"methods/{name}.html" for name in cards()),
+    }
+    for page in out.rglob("*.html"):
+        for link in Links(page.read_text()).found:
+            if not link.startswith(("http", "#", "data:")):
+                assert (page.parent / link.partition("#")[0]).is_file(), f"{page}: {link}"
+        assert "http" not in "".join(re.findall(r'(?:src|<link[^>]*href)="([^"]*)"', page.read_text()))  # no network
+
+
+def test_the_table_says_what_the_records_say(store, tmp_path):
+    build_site(store, tmp_path / "site")
+    lines = board_of(tmp_path / "site/benchmarks/digits-resnet8.html")["lines"]
+    assert next(line["arm"] for line in lines) == "dense" and len(lines) == len(RUNS) / 3
+    line = next(x for x in lines if (x["arm"], x["budget"]) == ("taylor", "macs=0.25"))
+    values = [100 * record(run_of("taylor", "macs=0.25", seed)).value for seed in (0, 1, 2)]
+    rivals = [100 * record(run_of("random", "macs=0.25", seed)).value for seed in (0, 1, 2)]
+    assert line["value"][0] == pytest.approx(sum(values) / 3, abs=1e-3) and line["value"][2] == 3
+    assert line["against"]["random"][0] == pytest.approx((sum(values) - sum(rivals)) / 3, abs=1e-3)
+    assert line["x"] == pytest.approx(
+        {"sparsity": 75, "macs": 25, "params": 25, "bytes": 25, "latency eager": 43.75}, abs=1e-3
+    )
+    assert line["speedup"]["eager"][0] == pytest.approx(4 / 1.75, abs=1e-3)
+    assert line["command"] == "secateur bench run digits/resnet8 --methods taylor --budgets macs=0.25"
+    masked = next(x for x in lines if (x["arm"], x["budget"]) == ("taylor", "sparsity=0.98"))
+    assert masked["x"]["bytes"] == 100 and "latency eager" not in masked["x"] and masked["units"] == "weight"
+
+
+def test_each_record_is_in_the_data_file_that_its_address_names(store, tmp_path):
+    out = tmp_path / "site"
+    build_site(store, out)
+    lines = board_of(out / "benchmarks/digits-resnet8.html")["lines"]
+    addresses = [address for line in lines for _, _, address in line["records"]]
+    assert len(set(addresses)) == len(RUNS)
+    for address in addresses:
+        name, _, found = address.removeprefix("record.html#").partition("/")
+        text = (out / "data" / f"{name}.js").read_text()
+        content = json.loads(text.removeprefix("secateurRecords(").removesuffix(");\n"))[found]
+        assert content["record"]["id"] == found and (store.folder / content["file"]).is_file()
+        assert content["record"]["run"]["seed"] == int(content["command"].split("--seeds ")[1])
+
+
+def test_the_same_records_give_the_same_files_and_old_pages_go(store, tmp_path):
+    out = tmp_path / "site"
+    build_site(store, out)
+    first = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "methods/gone.html").write_text("x")
+    (out / "data/gone-0.js").write_text("x")
+    build_site(store, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == first
+
+
+def test_unofficial_failed_and_refused_records_are_shown_as_such(tmp_path):
+    store = Store(tmp_path / "records")
+    for seed in (0, 1, 2):
+        store.publish(record(run_of("taylor", "macs=0.5", seed), code=CODE.model_copy(update={"clean": False})))
+        store.publish(record(run_of("random", "macs=0.5", seed), failed=seed == 2))
+    edited = store.path(store.publish(record(run_of("magnitude", "macs=0.5"))).run)
+    edited.write_text(edited.read_text().replace('"n": 10000', '"n": 10001'))
+    (board,) = build_site(store, tmp_path / "site")
+    lines = {line["arm"]: line for line in board.entries}
+    assert lines["taylor"]["reasons"] == ["made with changes that were not committed"]
+    assert [seed for seed, *_ in lines["random"]["failures"]] == [2] and len(lines["random"]["records"]) == 2
+    assert not lines["random"]["official"] and board.official == 0 and "magnitude" not in lines
+    page = (tmp_path / "site/benchmarks/digits-resnet8.html").read_text()
+    assert edited.name in page and "was changed after it was written" in page
+
+
+def test_papers_figures_stand_beside_ours_and_only_where_they_belong(store):
+    paper = Reported(
+        method="taylor", granularity="channel", budget={"macs": 0.5}, metric="accuracy", value=0.9, source="P"
+    )
+    benchmark = BENCHMARK.model_copy(update={"reported": (paper,)})
+    rows = summarize(store.read()[0], benchmark)
+    address = entries.places(benchmark.name, store.read()[0])
+    lines = [entries.entry(row, benchmark, cards(), address) for row in rows]
+    shown = [(line["arm"], line["budget"]) for line in lines if line["reported"]]
+    assert shown == [("taylor", "macs=0.5")]
+
+
+def test_sentences_name_the_leader_its_ties_and_who_beats_random(tmp_path):
+    store = Store(tmp_path)
+    for arm, value in {"taylor": 0.95, "magnitude": 0.80, "random": 0.90}.items():
+        for seed in (0, 1, 2):
+            store.publish(record(run_of(arm, "macs=0.5", seed), value=value + 0.001 * seed))
+    (sentence,) = entries.verdicts(summarize(store.read()[0], BENCHMARK))
+    assert sentence == (
+        "50 % of the MACs, by channel: the highest mean is that of taylor, 95.10 %. "
+        "Against random pruning, seed by seed: better: taylor; worse: magnitude; undecided: 0."
+    )
+    assert entries.budget_words("sparsity=0.98") == "98 % sparsity"
+
+
+def test_slots_in_words():
+    words = slots_of(method("taylor").recipe.but(granularity={"name": "channel", "round_to": 8}))
+    assert words["criterion"] == "taylor" and words["granularity"] == "channel (round_to=8)"
+    assert words["mask_from"] == "end" and words["schedule"] == "one-shot"
+
+
+def test_served_pages_follow_the_records(store, tmp_path):
+    counts, addresses, ready = [], [], threading.Event()
+    site = Site(store, tmp_path / "site", counts.append)
+
+    def on_address(address):
+        addresses.append(address)
+        ready.set()
+
+    thread = threading.Thread(target=site.serve, args=(0, on_address))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        page = urllib.request.urlopen(addresses[0] + "index.html")
+        assert "ResNet-8 on handwritten digits" in page.read().decode() and page.headers["Cache-Control"] == "no-store"
+        assert urllib.request.urlopen(addresses[0] + "built").read() == b"1" and site.refresh() is False
+        store.path(RUNS[0]).unlink()
+        assert site.refresh() is True and counts == [len(RUNS), len(RUNS) - 1]
+        assert urllib.request.urlopen(addresses[0] + "built").read() == b"2"
+    finally:
+        site.stop()
+        thread.join(20)
+    assert not thread.is_alive()
