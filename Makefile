@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-FAMILIES := .venv/families
+SLOW := .venv/installed-slow
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-slow browser check format clean
 
 install: $(INSTALLED)
 
@@ -15,10 +15,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[onnx,dev]'
 	touch $@
 
-# The libraries whose networks the slow tests prune.
-$(FAMILIES): $(INSTALLED)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[timm,torchvision,transformers]'
+# Ray, a browser's driver, and the libraries whose networks the slow tests prune.
+$(SLOW): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slow-tests]'
 	touch $@
+
+# Chromium from Debian and axe-core, for the tests of the pages; without them those tests say so and skip.
+AXE := .venv/axe/package/axe.min.js
+browser: $(AXE)
+	command -v chromedriver || apt-get install --yes --quiet chromium chromium-driver
+
+$(AXE): $(INSTALLED)
+	mkdir -p .venv/axe
+	cd .venv/axe && npm pack --silent axe-core@4.14.1 && tar xzf axe-core-4.14.1.tgz package/axe.min.js
 
 demo: $(INSTALLED)
 	$(BIN)/secateur demo
@@ -27,9 +36,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-# What takes minutes: all mutants of the rules, thousands of random networks (another SEED draws others).
+# What takes minutes: all mutants of the rules, thousands of random networks (another SEED draws others), a Ray cluster,
+# killed runs, timm and Hugging Face networks, the leaderboard in a browser.
 SEED ?= 0
-test-slow: $(INSTALLED) $(FAMILIES)
+test-slow: $(SLOW)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --hypothesis-seed=$(SEED) --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)

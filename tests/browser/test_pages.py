@@ -1,4 +1,4 @@
-"""The leaderboard in a real browser. `make browser` installs what this needs; without it these tests say so and skip."""
+"""The leaderboard in a real browser. `make browser` installs what this needs; without it the tests skip and say so."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.bench.synthetic import records
 
 from secateur.bench.benchmarks import find_benchmark
 from secateur.bench.site.build import build_site
 from secateur.bench.store import Store
-from tests.bench.synthetic import records
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: make browser")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install secateur[slow-tests]")
 AXE = Path(os.environ.get("SECATEUR_AXE", ".venv/axe/package/axe.min.js"))
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -87,7 +87,9 @@ def column(driver, heading):
 def choose(driver, name, value):
     select = driver.find_element("name", name)
     driver.execute_script(
-        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", select, value
+        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+        select,
+        value,
     )
 
 
@@ -183,7 +185,8 @@ def test_pages_fit_and_are_accessible(opened, site, page, width, scheme, tmp_pat
         pytest.skip("needs axe-core: make browser")
     driver.execute_script(AXE.read_text())
     found = driver.execute_async_script(
-        "const done = arguments[arguments.length - 1]; axe.run(document, {preload: false}).then(result => done(result.violations))"
+        "const done = arguments[arguments.length - 1];"
+        "axe.run(document, {preload: false}).then(result => done(result.violations))"
     )
     serious = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
     assert serious == []

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from secateur import __version__
-from secateur.cli import bench, demo, export, inspect, methods, prune, train
+from secateur.cli import bench, demo, export, inspect, leaderboard, methods, prune, train
 from secateur.cli.common import console
 from secateur.errors import SecateurError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
+app.add_typer(leaderboard.app, name="leaderboard")
 app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("prune")(prune.command)
