@@ -181,7 +181,7 @@ def test_axes_may_shrink_to_one_unit_before_the_last_round():
 
 
 def test_models_whose_output_is_not_finite_are_named_as_such():
-    model = Model(lambda self, x: self.a(self.b(x)).log(), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
+    model = Model(lambda self, x: self.a(self.b(x)).abs().neg().log(), a=nn.Linear(16, 4), b=nn.Linear(6, 16))
     verification = sc.trace(model, torch.randn(2, 6)).verify(model)
     assert not verification.ok and "random, not finite" in verification.reason
     with pytest.raises(NothingPrunable, match="random, not finite"):

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur.structure.inputs import as_inputs, call_with_state, state_of, undisturbed
+from secateur.errors import InvalidInputs
+from secateur.structure.inputs import Inputs, as_inputs, call_with_state, state_of, undisturbed, weightless
 from secateur.structure.operations import bind, operation_name
 
 
@@ -70,14 +71,24 @@ def profile(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
 
 
 def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> MacCount:
-    """Return the multiply-adds of one call of `model` with the example inputs."""
+    """Return the multiply-adds of one call of `model` with the example inputs.
+
+    Shapes are enough to count, so the call runs on tensors without memory, unless the model's code asks for values.
+    """
     inputs = as_inputs(example_inputs, example_kwargs)
-    names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    state = state_of(model)
+    try:
+        return _count(model, {name: weightless(tensor) for name, tensor in state.items()}, inputs.to("meta"))
+    except InvalidInputs:
+        own = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}
+        return _count(model, own, inputs)
+
+
+def _count(model: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> MacCount:
+    names = {t.untyped_storage()._cdata: name for name, t in state.items() if isinstance(t, nn.Parameter)}
     mode = _CountingMode(names)
-    with undisturbed(model):
-        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
-        with mode:
-            call_with_state(model, state, inputs)
+    with undisturbed(model), mode:
+        call_with_state(model, state, inputs)
     return mode.count
 
 
@@ -96,7 +107,7 @@ class _CountingMode(TorchDispatchMode):
             macs = counter(bound, out)
             self.count.total += macs
             operands = (value for value in bound.values() if isinstance(value, Tensor) and value.dim() > 1)
-            name = next((n for v in operands if (n := self.names.get(v.untyped_storage().data_ptr()))), None)
+            name = next((n for v in operands if (n := self.names.get(v.untyped_storage()._cdata))), None)
             if name is not None:
                 self.count.by_parameter[name] = self.count.by_parameter.get(name, 0) + macs
         return result

@@ -210,18 +210,19 @@ def _unify_products(left: list[Dim], right: list[Dim], place: Place) -> bool:
 
 
 def _unify_sums(left: list[Dim], right: list[Dim], place: Place) -> bool:
-    """Align two lists of segments, splitting the longer segment at the other's boundary."""
+    """Align two lists of segments: a long segment is a run of the other's, the last of which may be split."""
     while left and right:
         x, y = left.pop(0), right.pop(0)
         if x.size < y.size:
             x, y, left, right = y, x, right, left
-        if x.size == y.size:
-            solved = _unify(x, y, place)
-        else:
-            rest = leaf(x.size - y.size)
-            solved = _unify(x, concat([y, rest]), place)
-            left[:0] = segments(rest)
-        if not solved:
+        run, missing = [y], x.size - y.size
+        while right and right[0].size <= missing:
+            missing -= right[0].size
+            run.append(right.pop(0))
+        if missing:
+            run.append(leaf(missing))
+            left.insert(0, run[-1])
+        if not _unify(x, concat(run), place):
             return False
     return not left and not right
 

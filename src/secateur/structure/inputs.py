@@ -28,11 +28,13 @@ class Inputs:
         """Return every tensor in the arguments."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """Return the same arguments with floating-point tensors in `dtype`."""
+    def to(self, target: torch.dtype | str) -> Inputs:
+        """Return the same arguments with tensors on another device, or floating-point ones in another dtype."""
 
         def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if not isinstance(value, Tensor) or (isinstance(target, torch.dtype) and not value.is_floating_point()):
+                return value
+            return value.to(target)
 
         return Inputs(tree_map(cast, self.args), tree_map(cast, dict(self.kwargs)))
 
@@ -138,6 +140,12 @@ def _extent(tensor: Tensor) -> range:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     width = tensor.element_size()
     return range(width * tensor.storage_offset(), width * (tensor.storage_offset() + last + 1))
+
+
+def weightless(tensor: Tensor) -> Tensor:
+    """Return a parameter or buffer of the same shape, dtype and layout that has no memory."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from secateur.errors import PlanMismatch
 from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.dropped import Dropped
-from secateur.structure.inputs import aliases_of, state_of
+from secateur.structure.inputs import aliases_of, state_of, weightless
 from secateur.structure.plan import AttributeChange, AxisCut, ModuleDrop, Plan, TensorCut, expression_of_dim
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
@@ -141,10 +141,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 def skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of `model` whose parameters and buffers have shapes but no memory."""
-    memo: dict[int, object] = {}
-    for tensor in state_of(model).values():
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    memo: dict[int, object] = {id(tensor): weightless(tensor) for tensor in state_of(model).values()}
     return copy.deepcopy(model, memo)
 
 

@@ -178,13 +178,16 @@ class Tracer:
                 self.sites[len(self.operations) - 1].append(Site(argument, position, known[position], fill))
 
     def contract(self, left: tuple[str, Tensor, int], right: tuple[str, Tensor, int]) -> None:
-        """Say that the operation sums over the product of two dims, which therefore are equal."""
-        (a_name, a, i), (b_name, b, j) = left, right
+        """Say that the operation sums over the product of two dims, which therefore are equal.
+
+        A unit is absent from the sum if one of its factors is zero, and the other is finite, as parameters are.
+        """
+        (_, a, i), (_, b, j) = left, right
         self.unify(self.dims(a)[i], self.dims(b)[j])
-        self.consume(a_name, a, [i])
-        self.consume(b_name, b, [j])
-        for tensor, position in ((a, i), (b, j)):
-            name = self.parameter_of.get(tensor)
+        names = [self.parameter_of.get(a), self.parameter_of.get(b)]
+        for (argument, tensor, position), name in zip((left, right), names, strict=True):
+            if name is None or None not in names:
+                self.consume(argument, tensor, [position])
             if name is not None:
                 self.consumers[name].append(self.dims(tensor)[position])
 

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InvalidInputs
-from secateur.structure.dims import Dim, order_under
+from secateur.structure.dims import Dim, leaves, order_under
 from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 
 if TYPE_CHECKING:
     from secateur.structure.structure import Structure
+
+PERIOD = 131_071
+"""After so many entries a re-drawn tensor repeats itself. A prime, so that no two slices along a dim are alike: drawing
+a new number for each weight of a large model takes longer than running it."""
 
 PERMUTATION_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
@@ -60,20 +64,24 @@ def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int
         elif name in structure.parameters:
             # PyTorch picks the operations of a linear layer by this flag, even without gradients.
             # So it does by their memory layout.
-            redrawn = torch.empty_like(tensor, dtype=dtype).copy_(_redraw_parameter(tensor, generator))
+            redrawn = _redraw_parameter(tensor, torch.empty_like(tensor, dtype=dtype), generator)
             state[name] = redrawn.requires_grad_(tensor.requires_grad)
         else:
             state[name] = _redraw_buffer(tensor, dtype, generator)
     return state
 
 
-def _redraw_parameter(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    noise: Tensor = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+def _redraw_parameter(tensor: Tensor, result: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill `result` with generic values of a size that suits `tensor`."""
+    noise = torch.randn(min(tensor.numel(), PERIOD), generator=generator)
     if tensor.dim() >= 2:
-        return noise.mul(float(tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5)
-    if bool((tensor > 0).all()):
-        noise = noise.abs()
-    return torch.add(1, noise, alpha=0.5)
+        noise.mul_(float(tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5)
+    else:
+        noise = torch.add(1, noise.abs() if bool((tensor > 0).all()) else noise, alpha=0.5)
+    in_memory_order = result.detach().as_strided((result.numel(),), (1,))
+    for part in in_memory_order.split(PERIOD):
+        part.copy_(noise[: part.numel()])
+    return result
 
 
 def _redraw_buffer(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -106,10 +114,9 @@ def _permutation_error(
     inputs = structure.inputs.to(dtype)
     try:
         with undisturbed(model):
-            state = redraw(model, structure, dtype, seed)
-            expected = call_with_state(model, {n: t.clone() for n, t in state.items()}, inputs)
-        with undisturbed(model):  # anew, because some models cache what they derive from parameters
-            found = call_with_state(model, _permute(state, structure, orders), inputs)
+            expected = call_with_state(model, redraw(model, structure, dtype, seed), inputs)
+        with undisturbed(model):  # anew, because some models write to their state or cache what they derive from it
+            found = call_with_state(model, _permute(redraw(model, structure, dtype, seed), structure, orders), inputs)
     except InvalidInputs:  # code that insists on one dtype
         return float("inf")
     return relative_error(found, expected)
@@ -123,15 +130,14 @@ def random_cycle(size: int, generator: torch.Generator) -> Tensor:
     return order
 
 
-def _permute(state: Mapping[str, Tensor], structure: Structure, orders: Mapping[Dim, Tensor]) -> dict[str, Tensor]:
-    permuted = {}
-    for name, tensor in state.items():
+def _permute(state: dict[str, Tensor], structure: Structure, orders: Mapping[Dim, Tensor]) -> dict[str, Tensor]:
+    """Reorder each dim of each tensor; mutates and returns `state`, so that no two copies of it take memory."""
+    for name in state:
         for position, dim in enumerate(structure.tensors[name]):
-            order = order_under(dim, orders)
-            if not bool((order == torch.arange(dim.size)).all()):
-                tensor = tensor.index_select(position, order.to(tensor.device))
-        permuted[name] = tensor
-    return permuted
+            if any(node in orders for node in leaves(dim)):
+                order = order_under(dim, orders)
+                state[name] = state[name].index_select(position, order.to(state[name].device))
+    return state
 
 
 def _decide(
