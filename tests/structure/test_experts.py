@@ -62,3 +62,8 @@ def test_a_width_that_is_no_multiple_is_left_alone():
 def test_a_branch_of_which_only_a_part_is_a_module_stays(mixture):
     with pytest.raises(NothingPrunable, match="dropping it could not be proved"):
         sc.prune(*mixture, granularity="depth", budget=sc.Budget(macs=0.9))
+
+
+def test_whole_experts_are_not_removed_and_the_reason_is_said(mixture):
+    with pytest.raises(NothingPrunable, match="rows are assigned to groups by value"):
+        sc.prune(*mixture, granularity="expert", budget=sc.Budget(params=0.9))
