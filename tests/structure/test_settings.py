@@ -191,3 +191,39 @@ def test_integers_in_shared_objects_tie_the_axes_that_they_are_the_size_of():
     assert sorted(map(len, structure.ties)) == [2] and type(config.inner.heads) is int
     pruned = sc.prune(model, torch.randn(2, 5, 6), granularity="channel", budget=sc.Budget(macs=0.5))
     assert pruned.model[1].config is pruned.model[2].config and pruned.model[1].config.heads < 6 == config.inner.heads
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.hidden = config, config.hidden
+        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+class Blocks(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.embed, self.head = config, nn.Linear(6, config.width), nn.Linear(config.width, 3)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_dropped_modules_remember_nothing():
+    torch.manual_seed(0)
+    config = Config(layers=3)
+    deep = sc.prune(Blocks(config).eval(), X, granularity="depth", budget=sc.Budget(macs=0.75))
+    assert deep.structure_plan.dropped and "cannot express it" in deep.structure_plan.note
+    settings, structure, plan = read_settings(Blocks(config)), deep.structure, deep.structure_plan
+    narrow = {axis.name: torch.arange(axis.size) < axis.size // 2 for axis in structure.prunable}
+    both = make_plan(structure, narrow).model_copy(update={"dropped": plan.dropped})
+    changes = settings.origins.changes(settings.origins.stated(structure, both), structure, both)
+    remembering = {c.module for c in changes if c.name == "hidden"}
+    assert remembering == {f"blocks.{i}" for i in range(3)} - {d.module for d in plan.dropped} != set()

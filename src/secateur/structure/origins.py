@@ -9,7 +9,7 @@ the sizes of layers are known.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -76,19 +76,23 @@ class Origins:
                 solved[unknown[0]] |= {n for n in trials if evaluate(expression, {}, {**known, unknown[0]: n}) == size}
         return solved
 
-    def changes(self, stated: Mapping[Attribute, set[int]], known: Set[Attribute]) -> tuple[AttributeChange, ...]:
+    def changes(
+        self, stated: Mapping[Attribute, set[int]], structure: Structure, plan: Plan
+    ) -> tuple[AttributeChange, ...]:
         """Return what follows for every remembered integer from the places whose value is not in doubt.
 
-        Integers that the code reads when it runs are `known`: they follow their own axis, whatever they came from. So
-        do those of PyTorch's layers.
+        Integers that the code reads when it runs follow their own axis, whatever they came from. So do those of
+        PyTorch's layers. Modules that were dropped remember nothing.
         """
+        gone = tuple(f"{dropped.module}." for dropped in plan.dropped)
         used = {place for expression in self.expressions.values() for place in _places(expression)}
         before = {place: int(self.values[place]) for place in used}
         after = {place: n for place, n in before.items() if not stated.get(place)}
         after |= {place: next(iter(found)) for place, found in stated.items() if len(found) == 1}
         changes = []
         for place, expression in self.expressions.items():
-            if place in known or place in self.sizes_of or not after.keys() >= _places(expression):
+            follows = place in structure.attributes or place in self.sizes_of
+            if follows or f"{place.module}.".startswith(gone) or not after.keys() >= _places(expression):
                 continue
             old, new = int(self.values[place]), evaluate(expression, {}, after)
             if old != new and evaluate(expression, {}, before) == old:

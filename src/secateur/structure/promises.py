@@ -51,7 +51,7 @@ class Promises:
             The plan with these changes.
         """
         stated = self.origins.stated(structure, plan)
-        changes = {_place(c): c for c in self.origins.changes(stated, known=structure.attributes.keys())}
+        changes = {_place(c): c for c in self.origins.changes(stated, structure, plan)}
         shapes = _shapes(small, structure.inputs)
         for place, before in self.counted.items():
             pairs = zip(self.shapes[place][1:], shapes.get(place, torch.Size())[1:], strict=False)

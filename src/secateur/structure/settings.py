@@ -56,7 +56,7 @@ class Settings:
             if a network built from the changed configuration would fit the weights but compute something else.
         """
         stated = self.origins.stated(structure, plan)
-        changes = self.origins.changes(stated, known=structure.attributes.keys())
+        changes = self.origins.changes(stated, structure, plan)
         changes = changes if write_harmlessly(small, structure.inputs, changes) else ()
         rebuilt = _rebuilt(type(small), copy.deepcopy(getattr(small, FIELD)))
         fits = rebuilt is not None and _shapes(rebuilt) == _shapes(small)
