@@ -6,7 +6,7 @@ which the other operand was computed, and the sum itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from secateur.structure.history import ModuleCall
@@ -38,20 +38,12 @@ def residual_additions(tracer: Tracer) -> list[Addition]:
     previous: dict[int, int] = {}  # sum -> the value of the stream to which a branch was added
     for total, a, b in _sums(tracer):
         for argument, stream, branch in sorted((("other", a, b), ("self", b, a)), key=lambda reading: reading[1]):
-            start = _start(tracer, branch, _stream(stream, previous))
+            start = _start(tracer, branch, stream, previous)
             if start is not None:
                 previous[total] = stream
                 found.append(Addition(total, stream, start, branch, argument))
                 break
     return found
-
-
-def _stream(value: int, previous: Mapping[int, int]) -> list[int]:
-    """Return a value of a stream and all before it, latest first."""
-    values = [value]
-    while values[-1] in previous:
-        values.append(previous[values[-1]])
-    return values
 
 
 def _sums(tracer: Tracer) -> Iterator[tuple[int, int, int]]:
@@ -62,14 +54,15 @@ def _sums(tracer: Tracer) -> Iterator[tuple[int, int, int]]:
             yield total, a, b
 
 
-def _start(tracer: Tracer, branch: int, stream: Sequence[int]) -> int | None:
+def _start(tracer: Tracer, branch: int, stream: int, previous: Mapping[int, int]) -> int | None:
     """Return the latest value of a stream from which the branch was computed, if by way of a contraction."""
-    candidates = set(stream)
     contracted = False
     for value in tracer.history.before(branch):
-        if value < stream[-1]:
-            return None
-        if value in candidates:
+        while value < stream:
+            if stream not in previous:
+                return None
+            stream = previous[stream]
+        if value == stream:
             return value if contracted else None
         contracted = contracted or tracer.history.values[value].operation in tracer.multiply_adds
     return None

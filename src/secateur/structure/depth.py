@@ -68,10 +68,11 @@ def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
 
 def _disjoint(found: Sequence[Computed], history: History) -> list[Computed]:
     """Return branches that do not contain each other: blocks rather than parts of blocks, or stacks of blocks."""
+    operations = [history.values[addition.total].operation for addition, _ in found]
     inner: dict[Addition, list[Addition]] = {}
     for outer, calls in found:
-        operations = ((other, history.values[other.total].operation) for other, _ in found)
-        inner[outer] = [other for other, i in operations if any(call.start <= i < call.stop for call in calls)]
+        spans = ((bisect_left(operations, call.start), bisect_left(operations, call.stop)) for call in calls)
+        inner[outer] = [addition for first, last in spans for addition, _ in found[first:last]]
     blocks = [(addition, calls) for addition, calls in found if len(inner[addition]) < 2]
     parts = {part for addition, _ in blocks for part in inner[addition]}
     return [(addition, calls) for addition, calls in blocks if addition not in parts]
@@ -128,7 +129,7 @@ class _Runs:
     """Tells which calls of modules compute a branch, and nothing else."""
 
     def __init__(self, model: nn.Module, history: History) -> None:
-        self._history = history
+        self._model, self._history = model, history
         self._operations = [value.operation for value in history.values]
         self._users: dict[int, list[int]] = defaultdict(list)
         for number, value in enumerate(history.values):
@@ -159,7 +160,9 @@ class _Runs:
     def _between(self, start: int, stop: int) -> Iterator[ModuleCall]:
         """Yield the outermost calls that ran within a range of operations."""
         inside: set[ModuleCall] = set()
-        for call in self._history.calls[bisect_left(self._history.calls, start, key=lambda call: call.start) :]:
+        calls = self._history.calls
+        for number in range(bisect_left(calls, start, key=lambda call: call.start), len(calls)):
+            call = calls[number]
             if call.start >= stop:
                 return
             if call.stop <= stop:
@@ -170,7 +173,7 @@ class _Runs:
     def _holds_parameters_alone(self, call: ModuleCall) -> bool:
         """Return whether the module has parameters, runs once, and shares nothing with other modules."""
         prefix = f"{call.name}."
-        places = [names for names in self._places.values() if any(name.startswith(prefix) for name in names)]
+        places = [self._places[id(parameter)] for parameter in self._model.get_submodule(call.name).parameters()]
         inner = Counter(each.name for each in self._history.within(call))
         return (
             bool(places)
