@@ -121,6 +121,14 @@ def test_one_runner_at_a_time(tmp_path):
         pass
 
 
+def test_half_written_files_are_swept_away(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in (".x.json.abc.json", "a/.y.safetensors", "a/z.json"):
+        (tmp_path / name).touch()
+    runner.sweep(tmp_path, tmp_path / "none")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["z.json"]
+
+
 def test_executors_are_found_by_name_and_say_what_to_install(tmp_path, monkeypatch):
     place = Workplace(results=tmp_path, scratch=tmp_path)
     with pytest.raises(UnknownName, match="local, ray, slurm"):

@@ -116,6 +116,14 @@ def run_benchmark(
     return progress
 
 
+def sweep(*folders: Path) -> None:
+    """Delete the half-written files that killed jobs left; only the one runner of these folders may do so."""
+    for folder in folders:
+        for path in folder.rglob(".*"):
+            if path.is_file():
+                path.unlink()
+
+
 @contextmanager
 def only_runner(folder: Path) -> Iterator[None]:
     """Hold the lock of a scratch folder; it is free again when this process ends, however it ends.

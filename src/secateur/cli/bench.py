@@ -88,6 +88,7 @@ def run(
         _show_plan(progress, runner.estimate(progress, store.read(benchmark.name)[0], jobs), jobs, as_json)
         return
     with runner.only_runner(scratch):
+        runner.sweep(results / benchmark.name, scratch / "networks")
         runner.forget(progress, store, place, benchmark, again)
         if progress.left:
             pool = make_executor(executor, place, min(jobs, progress.left), address)

@@ -40,7 +40,7 @@ def write(
     """Write a model, the plan that made it from the original, its masks, and facts about it (plain data).
 
     Raises:
-        InvalidFile: The folder does not exist.
+        InvalidFile: The folder does not exist, or the disk is full.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_of(model).items()}
     tensors |= {name: tensors[name].clone() for aliases in aliases_of(model) for name in aliases}
@@ -48,7 +48,10 @@ def write(
     header = {"format": FORMAT, "plan": (plan or Plan()).model_dump(mode="json"), "about": dict(about or {})}
     text = json.dumps(header, sort_keys=True)
     with written_atomically(path) as temporary:
-        save_file(tensors, temporary, {"secateur": text, "sha256": _digest(tensors, text)})
+        try:
+            save_file(tensors, temporary, {"secateur": text, "sha256": _digest(tensors, text)})
+        except SafetensorError as error:
+            raise InvalidFile(f"Cannot write {os.fspath(path)!r}: {error}.") from error
     return Artifact(Path(path), "safetensors", Path(path).stat().st_size)
 
 

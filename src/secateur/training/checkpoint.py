@@ -38,7 +38,11 @@ class Progress:
 def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, progress: Progress, run: str
 ) -> None:
-    """Write the state of the training run that `run` describes; the file appears whole or not at all."""
+    """Write the state of the training run that `run` describes; the file appears whole or not at all.
+
+    Raises:
+        InvalidFile: The disk is full, or cannot be written to.
+    """
     state = {
         "run": run,
         "model": model.state_dict(),
@@ -46,7 +50,10 @@ def save_checkpoint(
         "progress": {**vars(progress), "rng": torch.get_rng_state()},
     }
     with written_atomically(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise InvalidFile(f"Cannot write the checkpoint {os.fspath(path)!r}: {error}") from error
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, run: str) -> Progress:
