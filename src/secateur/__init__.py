@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.api import load, prune, save
+    from secateur.bench.compare import Comparison, compare
     from secateur.core.budget import Budget
     from secateur.core.context import Context
     from secateur.core.masks import Masks
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Axis": "structure.structure",
     "Budget": "core.budget",
+    "Comparison": "bench.compare",
     "Context": "core.context",
     "Criterion": "core.slots",
     "Latency": "measure.latency",
@@ -41,6 +43,7 @@ _HOMES = {
     "SecateurError": "errors",
     "Structure": "structure.structure",
     "Verification": "structure.verify",
+    "compare": "bench.compare",
     "compare_latency": "measure.latency",
     "load": "api",
     "measure_latency": "measure.latency",
@@ -55,6 +58,7 @@ _HOMES = {
 __all__ = [
     "Axis",
     "Budget",
+    "Comparison",
     "Context",
     "Criterion",
     "Latency",
@@ -68,6 +72,7 @@ __all__ = [
     "SecateurError",
     "Structure",
     "Verification",
+    "compare",
     "compare_latency",
     "load",
     "measure_latency",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from secateur.bench.records import Reported, Run
@@ -19,6 +18,7 @@ from secateur.core.value import Value
 from secateur.errors import InvalidRecipe, UnknownName
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks import find_task
+from secateur.yaml_file import read_yaml
 
 DENSE = "dense"
 
@@ -177,14 +177,7 @@ def read_benchmark(path: Path) -> Benchmark:
     Raises:
         InvalidRecipe: The file is missing, is not YAML, or says something unknown.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidRecipe(f"Cannot read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRecipe(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRecipe(f"{path} must hold keys and values (name, version, task, ladders ...).")
+    content = read_yaml(path, "name, version, task, ladders ...")
     try:
         return Benchmark(**content)
     except InvalidRecipe as error:

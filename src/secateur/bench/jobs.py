@@ -147,21 +147,21 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
     return Store(place.results).publish(record)
 
 
-def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Return the dense network that a run starts from, in eval mode, and its training curve.
+def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the dense network that a run starts from, in eval mode, and the facts about its training.
 
     It is trained by whoever comes first; others wait for it. A training that was interrupted goes on where it was.
     """
     task, dense = find_task(run.task), dense_run(run)
     if run.reference == "packaged":
-        record = json.loads(reference_path(task, run.network).with_suffix(".json").read_text(encoding="utf-8"))
-        return load_reference(task, run.network), record["history"]
+        facts = json.loads(reference_path(task, run.network).with_suffix(".json").read_text(encoding="utf-8"))
+        return load_reference(task, run.network), facts
     path = place.network(dense)
     told = path.with_suffix(".json")  # written last: if it is there, the network is whole
     with _alone(path.with_suffix(".lock")):
         if not told.is_file():
             checkpoint = path.with_suffix(".checkpoint")
-            model, record = train_reference(
+            model, facts = train_reference(
                 task,
                 run.network,
                 seed=run.seed,
@@ -169,10 +169,10 @@ def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tupl
                 checkpoint=checkpoint,
                 on_step=on_step,
             )
-            save_reference(model, {**record, "code": _own_code().model_dump()}, path)
+            save_reference(model, {**facts, "code": _own_code().model_dump()}, path)
             checkpoint.unlink(missing_ok=True)
-    record = json.loads(told.read_text(encoding="utf-8"))
-    return safetensors.read(path, lambda: task.build(run.network)), record["history"]
+    facts = json.loads(told.read_text(encoding="utf-8"))
+    return safetensors.read(path, lambda: task.build(run.network)), facts
 
 
 # -------------------------------------------------------------------------------------------------- measurements
@@ -183,11 +183,9 @@ def _measure_dense(
 ) -> tuple[Measured, dict[str, Timing]]:
     task = find_task(run.task)
     with watch("training"):
-        model, history = reference(run, place, on_step)
-    with watch("evaluation"):
-        metrics = _metrics(run, task, model)
-        size = Size(**profile(model, task.example()).as_dict())
-    steps = int(history[-1]["step"])
+        model, facts = reference(run, place, on_step)
+    metrics = _metrics(run, task, facts["test_accuracy"], facts["validation_accuracy"])
+    size = Size(**profile(model, task.example()).as_dict())
     measured = Measured(
         metrics=metrics,
         dense_metric=metrics[run.metric].value,
@@ -198,10 +196,10 @@ def _measure_dense(
         sparsity=0.0,
         effective_sparsity=0.0,
         samples_scored=0,
-        training=_training(task, steps, size.macs),
+        training=_training(task, int(facts["history"][-1]["step"]), size.macs),
         proof=None,
         widths={},
-        history=history,
+        history=facts["history"],
         weights=weights_hash(model),
     )
     return measured, {}
@@ -212,12 +210,11 @@ def _measure_pruned(
 ) -> tuple[Measured, dict[str, Timing]]:
     task = find_task(run.task)
     with watch("reference"):
-        dense, _ = reference(run, place, on_step)
+        dense, facts = reference(run, place, on_step)
     with watch("pruning and recovery"):
         pruned = _prune(run, task, dense, on_step)
     with watch("evaluation"):
-        metrics = _metrics(run, task, pruned.model)
-        dense_metric = _metrics(run, task, dense)[run.metric].value
+        metrics = _metrics(run, task, task.test_accuracy(pruned.model), task.validation_accuracy(pruned.model))
     with watch("writing"):
         path = place.network(run)
         save(pruned, path)
@@ -230,7 +227,7 @@ def _measure_pruned(
     plan = pruned.structure_plan
     measured = Measured(
         metrics=metrics,
-        dense_metric=dense_metric,
+        dense_metric=facts["test_accuracy"],
         before=Size(**pruned.before.as_dict()),
         after=after,
         file_bytes=file_bytes,
@@ -306,10 +303,10 @@ def timings(dense: nn.Module, pruned: Pruned, engines: tuple[str, ...]) -> dict[
     return found
 
 
-def _metrics(run: Run, task: Task, model: nn.Module) -> dict[str, Metric]:
+def _metrics(run: Run, task: Task, test: float, validation: float) -> dict[str, Metric]:
     return {
-        run.metric: share(task.test_accuracy(model), len(task.splits.test.targets)),
-        "validation_accuracy": share(task.validation_accuracy(model), len(task.splits.validation.targets)),
+        run.metric: share(test, len(task.splits.test.targets)),
+        "validation_accuracy": share(validation, len(task.splits.validation.targets)),
     }
 
 

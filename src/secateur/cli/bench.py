@@ -181,7 +181,7 @@ def _show_rows(name: str, results: Path) -> None:
         if last is not None and (row.granularity, row.budget) != last:
             table.add_section()
         last = row.granularity, row.budget
-        table.add_row(*_cells(row, benchmark.engines[0]))
+        table.add_row(*_cells(row, next(iter(benchmark.engines), "")))
     console.print(table)
     console.print(
         "± 95 % over seeds (Student's t). random, scratch-e: points above these at the same budget, paired by seed.",

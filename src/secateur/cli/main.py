@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from secateur import __version__
-from secateur.cli import bench, demo, export, inspect, leaderboard, methods, prune, train
+from secateur.cli import bench, compare, demo, export, inspect, leaderboard, methods, prune, train
 from secateur.cli.common import console
 from secateur.errors import SecateurError
 
@@ -26,6 +26,7 @@ app.add_typer(leaderboard.app, name="leaderboard")
 app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("prune")(prune.command)
+app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
 app.command("export")(export.command)

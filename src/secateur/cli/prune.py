@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import Field
 
 from secateur.cli.common import (
@@ -26,6 +25,7 @@ from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe
+from secateur.yaml_file import read_yaml
 
 
 class RunFile(Value):
@@ -72,7 +72,7 @@ def command(
     changes = {"model": model, "data": data, "seed": seed}
     run = read_run_file(recipe, {k: v for k, v in changes.items() if v is not None})
     check_folder(out)
-    subject = _subject(run)
+    subject = subject_of(run)
     with training_progress(f"{run.method} on {run.network or run.model or run.task}") as on_step:
         pruned = prune(
             subject["model"],
@@ -114,14 +114,7 @@ def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
     Raises:
         InvalidRecipe: The file is missing, is not YAML, or says something unknown.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidRecipe(f"Cannot read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRecipe(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRecipe(f"{path} must hold keys and values (task or model, budget, method ...).")
+    content = read_yaml(path, "task or model, budget, method ...")
     run = RunFile(**{**content, **(changes or {})})
     unknown = run.recipe.keys() - Recipe.model_fields.keys()
     if unknown:
@@ -131,7 +124,7 @@ def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
     return run
 
 
-def _subject(run: RunFile) -> dict[str, Any]:
+def subject_of(run: RunFile) -> dict[str, Any]:
     """Return model, example inputs, training and validation batches, and a test metric if there is one."""
     from secateur.tasks import find_task
     from secateur.tasks.reference import load_reference

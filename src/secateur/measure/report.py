@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as graph_objects
@@ -110,7 +111,7 @@ class Point:
 def tradeoff_figure(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str, dense: Point) -> str:
     """Return a plot of accuracy against cost: one line per method, a dotted line at the dense network."""
     figure = _figure(x_title, y_title)
-    for (name, points), color in zip(series.items(), COLORS, strict=False):
+    for (name, points), color in zip(series.items(), cycle(COLORS), strict=False):
         points = sorted(points, key=lambda p: p.x)
         figure.add_scatter(
             x=[p.x for p in points],

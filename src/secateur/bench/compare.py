@@ -1,0 +1,286 @@
+"""Several methods on one network, data and budget, with the same recovery: which one, and how sure is that?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.api import prune
+from secateur.bench.jobs import timings
+from secateur.bench.records import Timing
+from secateur.bench.statistics import Interval, Paired, interval, paired, ranks
+from secateur.core import registry
+from secateur.core.batches import Data, Loss
+from secateur.core.budget import Budget
+from secateur.core.method import method as find_method
+from secateur.core.recipe import Recipe
+from secateur.core.slots import Precision
+from secateur.errors import DataNeeded, InvalidRecipe, SecateurError
+from secateur.measure.report import MINUS, Page, Point, Section, Table, tradeoff_figure
+from secateur.pruned import Pruned
+from secateur.training.loop import Evaluate, OnStep, accuracy
+
+BASELINE = "random"
+
+OnRun = Callable[[str, int], OnStep | None]
+"""Called with (method, seed) before each run; returns what is called after each of its training steps."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method's runs.
+
+    Attributes:
+        method: Its name.
+        values: The metric of the pruned network, by seed.
+        pruned: The result for the first seed; None if the method failed.
+        latency: Of that network beside the dense one; None if it did not become smaller.
+        error: Why the method failed, if it did.
+    """
+
+    method: str
+    values: Mapping[int, float]
+    pruned: Pruned | None
+    latency: Timing | None
+    error: str = ""
+
+    @property
+    def value(self) -> Interval:
+        """Mean and 95 % interval over the seeds."""
+        return interval(list(self.values.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        budget: What every method had to meet.
+        dense: The metric of the unpruned network.
+        candidates: The methods, the best mean first; those that failed at the end.
+    """
+
+    budget: Budget
+    dense: float
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """The methods that have a result."""
+        return tuple(candidate for candidate in self.candidates if candidate.pruned is not None)
+
+    @property
+    def best(self) -> Candidate:
+        """The method with the best mean.
+
+        Raises:
+            InvalidRecipe: Every method failed.
+        """
+        if not self.ranked:
+            failed = "; ".join(f"{c.method}: {c.error}" for c in self.candidates)
+            raise InvalidRecipe(f"No method met the budget of {self.budget}. {failed}")
+        return self.ranked[0]
+
+    def against(self, method: str, other: str) -> Paired:
+        """Return how much better one method is than another, paired by seed."""
+        by_name = {candidate.method: candidate for candidate in self.ranked}
+        found = paired(by_name[method].values, by_name[other].values)
+        assert found is not None  # all have the same seeds
+        return found
+
+    @property
+    def recommendation(self) -> str:
+        """Which method, and how sure that is, in words."""
+        best = self.best
+        seeds = best.value.n
+        words = [f"{best.method}: {_percent(best.value)}, the dense network has {100 * self.dense:.2f} %."]
+        if seeds == 1:
+            return " ".join([*words, "One seed decides nothing: compare at least three."])
+        equals = [c.method for c in self.ranked[1:] if self.against(best.method, c.method).verdict == "undecided"]
+        if best.method == BASELINE or BASELINE in equals:
+            words.append("No method is decidedly better than random pruning here; the choice hardly matters.")
+        elif any(c.method == BASELINE for c in self.ranked):
+            difference = self.against(best.method, BASELINE).difference
+            words.append(
+                f"{100 * difference.mean:.2f} points above random pruning ({100 * difference.low:.2f} to "
+                f"{100 * difference.high:.2f})."
+            )
+        rivals = [name for name in equals if name != BASELINE]
+        if rivals:
+            words.append(f"Not told apart from it over {seeds} seeds: {', '.join(rivals)}.")
+        return " ".join(words).replace("-", MINUS)
+
+    def table(self) -> Table:
+        """Return one row per method."""
+        ranked = ranks({candidate.method: candidate.value for candidate in self.ranked})
+        rows = []
+        for candidate in self.candidates:
+            if candidate.pruned is None:
+                rows.append(["", candidate.method, f"failed: {candidate.error}", "", "", "", ""])
+                continue
+            difference = self.against(candidate.method, BASELINE).difference if BASELINE in ranked else None
+            apart = f"{100 * difference.mean:+.2f} ± {100 * difference.half_width:.2f}" if difference else ""
+            after, timing = candidate.pruned.after, candidate.latency
+            rows.append(
+                [
+                    str(ranked[candidate.method]),
+                    candidate.method,
+                    _percent(candidate.value),
+                    "" if candidate.method == BASELINE else apart.replace("-", MINUS),
+                    f"{after.nonzero_params:,}",
+                    f"{after.effective_macs:,}",
+                    f"{timing.pruned.p50_ms:.2f} ms ({timing.dense.p50_ms / timing.pruned.p50_ms:.2f}x)"
+                    if timing
+                    else "",
+                ]
+            )
+        head = ["rank", "method", "accuracy", "points above random", "parameters", "MACs", "latency"]
+        return Table(head, rows, strong=0, text_columns=(1,))
+
+    def report(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return a page with recommendation, table and plot as HTML that works offline, and write it to `path`."""
+        page = Page(
+            title="secateur: comparison",
+            headline=f"{self.best.method} at a budget of {self.budget}",
+            subtitle=self.recommendation,
+            sections=[
+                Section("Methods", table=self.table(), caption=_CAPTION),
+                Section("Accuracy against cost", figure=self._figure(), caption="Bars: 95 % intervals over the seeds."),
+            ],
+        )
+        if path is not None:
+            page.write(path)
+        return page.html()
+
+    def _figure(self) -> str:
+        series = {}
+        for candidate in self.ranked:
+            assert candidate.pruned is not None
+            value, macs = candidate.value, candidate.pruned.after.effective_macs / 1e6
+            note = f"{value.n} seed{'s' if value.n > 1 else ''}"
+            series[candidate.method] = [Point(macs, 100 * value.mean, 100 * value.half_width, note)]
+        assert self.best.pruned is not None
+        dense = Point(self.best.pruned.before.macs / 1e6, 100 * self.dense)
+        return tradeoff_figure(series, "multiply-adds (millions)", "accuracy (%)", dense)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "budget": self.budget.model_dump(exclude_none=True),
+            "dense": self.dense,
+            "recommendation": self.recommendation,
+            "methods": [
+                {
+                    "method": candidate.method,
+                    "values": {str(seed): value for seed, value in candidate.values.items()},
+                    "about": candidate.pruned.about() if candidate.pruned else None,
+                    "latency": candidate.latency.model_dump() if candidate.latency else None,
+                    "error": candidate.error or None,
+                }
+                for candidate in self.candidates
+            ],
+        }
+
+
+_CAPTION = (
+    "± is the 95 % interval over the seeds (Student's t); differences are paired by seed. Methods whose intervals "
+    "overlap share a rank. Every method had the same budget, the same recovery and the same data. The figures chose the "
+    "winner, so its own is a little too good: measure it once more on data that nothing was chosen by."
+)
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: Budget,
+    data: Data | None = None,
+    validation: Data | None = None,
+    metric: Evaluate | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    loss: Loss | None = None,
+    precision: Precision = "32-true",
+    engine: str = "eager",
+    on_run: OnRun | None = None,
+    **slots: Any,
+) -> Comparison:
+    """Return a comparison of several methods at one budget, with random pruning among them.
+
+    Args:
+        model: The trained network; never changed.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        budget: How much may stay.
+        data: Training batches, for scores and for the recovery.
+        validation: Batches on which the methods are compared; the training must not see them.
+        metric: What is compared instead of the accuracy on `validation`; higher is better.
+        methods: Names; default: all that have the granularity. Random pruning is always added.
+        seeds: One run of each method per seed.
+        loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
+        precision: Of the recovery.
+        engine: In which the networks are timed.
+        on_run: Called before each run, for progress bars.
+        **slots: Answers to a recipe's questions that hold for every method: granularity, recovery, schedule ...
+
+    Raises:
+        DataNeeded: Neither `validation` nor `metric`.
+        UnknownName: A method that does not exist.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> batches = [(torch.randn(16, 8), torch.randint(4, (16,)))]
+        >>> found = compare(net, torch.zeros(1, 8), budget=Budget(macs=0.5), granularity="channel",
+        ...                 validation=batches, methods=["magnitude"])
+        >>> sorted(candidate.method for candidate in found.candidates)
+        ['magnitude', 'random']
+    """
+    if validation is None and metric is None:
+        raise DataNeeded("A comparison needs validation= (batches that the training does not see), or metric=.")
+    evaluate = metric or accuracy(validation)  # type: ignore[arg-type]
+
+    def runs_of(name: str) -> Candidate:
+        values: dict[int, float] = {}
+        first: Pruned | None = None
+        try:
+            for seed in seeds:
+                pruned = prune(
+                    model,
+                    example_inputs,
+                    method=name,
+                    budget=budget,
+                    data=data,
+                    loss=loss,
+                    on_step=on_run(name, seed) if on_run else None,
+                    precision=precision,
+                    seed=seed,
+                    **slots,
+                )
+                values[seed] = evaluate(pruned.model)
+                first = first or pruned
+        except SecateurError as error:
+            return Candidate(name, {}, None, None, str(error))
+        timed = timings(model, first, (engine,))[engine] if first and first.structure_plan.axes else None
+        return Candidate(name, values, first, timed)
+
+    candidates = [runs_of(name) for name in _names(methods, slots)]
+    best_first = sorted(candidates, key=lambda c: -c.value.mean if c.values else 1.0)
+    return Comparison(budget, evaluate(model), tuple(best_first))
+
+
+def _names(methods: Sequence[str] | None, slots: Mapping[str, Any]) -> list[str]:
+    """Return the methods to compare, random pruning among them, after checking that they and the slots exist."""
+    if methods is None:
+        recipe: Recipe = find_method(BASELINE).recipe.but(**slots)
+        methods = [name for name, card in registry.cards().items() if recipe.granularity.name in card.granularity]
+    for name in methods:
+        find_method(name).recipe.but(**slots)
+    return list(dict.fromkeys([*methods, BASELINE]))
+
+
+def _percent(value: Interval) -> str:
+    return f"{100 * value.mean:.2f}{f' ± {100 * value.half_width:.2f}' if value.n > 1 else ''} %"
