@@ -102,7 +102,10 @@ def test_whatever_is_killed_the_records_are_those_of_an_undisturbed_run(tmp_path
         folder = tmp_path / str(grid)
         runner = start(folder)
         while runner.poll() is None and len(done) < DISTURBANCES:
-            time.sleep(choose.uniform(0.5, 15))
+            target = len(snapshot(folder)) + choose.choice([0, 0, 1, 2])
+            while runner.poll() is None and (len(snapshot(folder)) < target or not workers(runner.pid)):
+                time.sleep(0.05)
+            time.sleep(choose.uniform(0, 3))
             if runner.poll() is not None:
                 break
             before = snapshot(folder)

@@ -188,8 +188,8 @@ class Comparison:
 
 _CAPTION = (
     "± is the 95 % interval over the seeds (Student's t); differences are paired by seed. Methods whose intervals "
-    "overlap share a rank. Every method had the same budget, the same recovery and the same data. The figures chose the "
-    "winner, so its own is a little too good: measure it once more on data that nothing was chosen by."
+    "overlap share a rank. Every method had the same budget, recovery and data. The figures chose the winner, so its "
+    "own is a little too good: measure it once more on data that nothing was chosen by."
 )
 
 

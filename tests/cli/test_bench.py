@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.bench.test_records import make_record
+from typer.testing import CliRunner
+
+from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.store import Store
+from secateur.cli.main import app
+from secateur.errors import InvalidRecipe, UnknownName
+
+BENCHMARK = find_benchmark("digits/resnet8")
+RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))
+TINY = str(Path(__file__).parent.parent / "bench" / "tiny.yaml")
+
+
+def invoke(*words):
+    result = CliRunner().invoke(app, ["bench", *map(str, words)], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Made-up records of everything but one run."""
+    store = Store(tmp_path / "results")
+    for run in RUNS[:-1]:
+        store.publish(make_record(run, accuracy=0.9 + 0.01 * (run.arm == "taylor") + 0.001 * run.seed))
+    return store.folder
+
+
+def test_benchmarks_are_listed():
+    assert "digits/resnet8" in invoke("list").output
+    listed = json.loads(invoke("list", "--json").output)
+    assert {"name": "digits/resnet8", "version": 1, "title": BENCHMARK.title} in listed
+
+
+def test_a_dry_run_names_what_is_missing_and_what_it_takes(results):
+    text = invoke("run", "digits/resnet8", "--dry-run", "--results", results).output
+    assert RUNS[-1].label in text and f"1 runs to do, {len(RUNS) - 1} done already; about 0 s" in text
+    plan_now = json.loads(invoke("run", "digits/resnet8", "--dry-run", "--results", results, "--json").output)
+    assert plan_now["missing"] == [{"id": RUNS[-1].id, "run": RUNS[-1].label}] and plan_now["seconds"] == 0.5
+    narrow = ("--methods", "taylor", "--budgets", "macs=0.5", "--seeds", "7")
+    text = invoke("run", "digits/resnet8", "--dry-run", "--results", results.parent / "none", *narrow).output
+    assert text.split("\n")[:2] == ["dense seed 7", "taylor channel macs=0.5 seed 7"] and "time unknown" in text
+
+
+def test_a_run_without_anything_to_do_shows_the_rows(results, tmp_path):
+    store = Store(results)
+    store.publish(make_record(RUNS[-1]))
+    text = invoke("run", "digits/resnet8", "--results", results, "--scratch", tmp_path / "scratch").output
+    assert "91.10 ± 0.25 (3)" in text and "+1.00 ▲" in text and "yes" in text
+    ended = json.loads(
+        invoke("run", "digits/resnet8", "--results", results, "--scratch", tmp_path / "scratch", "--json").output
+    )
+    assert len(ended["done"]) == len(RUNS) and (ended["failed"], ended["left"], ended["problems"]) == ([], 0, [])
+
+
+def test_show_says_what_is_refused_and_what_is_not_official(results):
+    path = Store(results).path(RUNS[5])
+    path.write_text(path.read_text().replace("0.9", "0.8"))
+    output = invoke("show", "digits/resnet8", "--results", results)
+    assert "changed after it was written" in output.stderr and "2 seeds of at least 3" in output.stdout
+
+
+@pytest.mark.slow
+def test_a_real_run_in_processes_of_its_own(tmp_path):
+    where = ("--results", tmp_path / "results", "--scratch", tmp_path / "scratch")
+    narrow = ("--methods", "magnitude", "--budgets", "sparsity=0.9", "--seeds", "0", "--keep-networks")
+    result = invoke("run", TINY, *where, *narrow)
+    assert result.exit_code == 0 and "[2/2] magnitude weight sparsity=0.9 seed 0" in result.stderr
+    records, refused = Store(tmp_path / "results").read()
+    assert [r.status for r in records] == ["ok", "ok"] and refused == []
+    assert (tmp_path / "scratch" / "networks" / f"{records[1].id}.safetensors").is_file()
+
+
+def test_bad_words_are_one_line(tmp_path):
+    with pytest.raises(UnknownName, match="digits/resnet8"):
+        invoke("run", "digits/resnet9")
+    with pytest.raises(InvalidRecipe, match="is not a seed"):
+        invoke("run", "digits/resnet8", "--seeds", "zero")
+    with pytest.raises(UnknownName, match="executor"):
+        invoke("run", TINY, "--executor", "cloud", "--results", tmp_path, "--scratch", tmp_path)
+    assert invoke("run", "digits/resnet8", "--again", "maybe").exit_code == 2
