@@ -88,7 +88,7 @@ def test_inspect_shows_axes_and_frozen_dims(cli):
     data = json.loads(cli("inspect", "user_code:make_model", "--example", "user_code:make_example", "--json")[1])
     axis = next(a for a in data["axes"] if a["name"] == "fc")
     assert axis == {**axis, "prunable": False, "reason": "output"} and data["permutation_error"] < 1e-5
-    assert {"tensors", "uncuttable", "ties"} <= data.keys() and axis["macs_share"] < 0.01
+    assert {"tensors", "uncuttable", "ties", "branches"} <= data.keys() and axis["macs_share"] < 0.01
 
 
 @pytest.fixture(scope="module")

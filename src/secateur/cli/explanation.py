@@ -106,12 +106,12 @@ def _show_members(members: Sequence[Member]) -> None:
     table.add_column(overflow="fold", style="dim")
     for found in groups.values():
         places, tensors = zip(*found, strict=True)
-        table.add_row(escape(common_name(places)), escape(", ".join(_folded(tensors))))
+        table.add_row(escape(common_name(places)), escape(", ".join(folded(tensors))))
     _say("    shared, because of")
     console.print(Padding(table, (0, 0, 0, 6)))
 
 
-def _folded(names: Sequence[str]) -> list[str]:
+def folded(names: Sequence[str]) -> list[str]:
     """Return names that differ only in numbers as one name with stars and their count."""
     from secateur.structure.explain import common_name, starred
 

@@ -99,6 +99,7 @@ def _show(structure: Structure, model: str, error: float | None, every: bool) ->
     console.print(f"{share:.2g} % of the parameters cannot be cut at all{where}.\n", highlight=False, markup=False)
     console.print(_axes_table(structure, every))
     _show_ties(structure)
+    _show_branches(structure)
     console.print()
     console.print(_frozen_table(structure, every))
     if error is None:
@@ -155,6 +156,15 @@ def _show_ties(structure: Structure) -> None:
         console.print(f"Lose units together{times}: {names}", markup=False, highlight=False)
 
 
+def _show_branches(structure: Structure) -> None:
+    from secateur.cli.explanation import folded
+
+    names = [branch.name for branch in structure.branches if branch.prunable]
+    if names:
+        branches = ", ".join(folded(names))
+        console.print(f"Branches that can be dropped whole: {branches}", markup=False, highlight=False)
+
+
 def _frozen_table(structure: Structure, every: bool) -> Table:
     from secateur.measure.report import short_reason
     from secateur.structure.explain import families
@@ -206,6 +216,9 @@ def _as_dict(structure: Structure, error: float | None) -> dict[str, Any]:
         ],
         "tensors": {name: [expression(dim) for dim in dims] for name, dims in structure.tensors.items()},
         "ties": [{name: structure.steps.get(name, 1) for name in tie} for tie in structure.ties],
+        "branches": [
+            {"name": b.name, "macs": b.macs, "prunable": b.prunable, "reason": b.reason} for b in structure.branches
+        ],
         "uncuttable": uncuttable(structure),
         "permutation_error": error,
         "macs": structure.macs({}),
