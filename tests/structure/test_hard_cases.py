@@ -571,3 +571,18 @@ def test_a_width_that_an_expansion_states_follows_or_is_frozen(expand):
     literal = Model(lambda self, x: self.b(self.a(x) * expand(self.w, (2, 16))), a=nn.Linear(6, 16), b=nn.Linear(16, 3))
     literal.w = nn.Parameter(torch.randn(16))
     assert "the code says 16" in sc.trace(literal, torch.randn(2, 6)).axis("w").reason
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_projected_recurrent_layers_lose_hidden_units_and_projections(bidirectional):
+    torch.manual_seed(0)
+    recurrent = nn.LSTM(8, 16, 2, batch_first=True, proj_size=6, bidirectional=bidirectional)
+    head = nn.Linear(12 if bidirectional else 6, 3)
+    model = Model(lambda self, x: self.o(self.r(self.i(x))[0]), i=nn.Linear(5, 8), r=recurrent, o=head).eval()
+    x = torch.randn(2, 4, 5)
+    pruned = half(model, x)
+    small = pruned.model.r
+    assert small.hidden_size < 16 and small.proj_size < 6
+    assert small.weight_hr_l0.shape == (small.proj_size, small.hidden_size)
+    assert oracle_error(model, pruned.model, pruned.structure_plan, x) < 1e-10

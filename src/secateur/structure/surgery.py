@@ -28,7 +28,8 @@ FIELD = "config"
 NOTE = "pruned_by_secateur"
 """The field of a configuration that says what its others cannot express."""
 
-# Sizes that PyTorch's layers store beside their weights: (layer, attribute, tensor, dim).
+# Sizes that PyTorch's layers store beside their weights: (layer, attribute, tensor, dim). The first tensor that a layer
+# has counts.
 _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Linear, "out_features", "weight", 0),
     (nn.Linear, "in_features", "weight", 1),
@@ -45,6 +46,8 @@ _LAYER_SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.MultiheadAttention, "kdim", "k_proj_weight", 1),
     (nn.MultiheadAttention, "vdim", "v_proj_weight", 1),
     (nn.RNNBase, "input_size", "weight_ih_l0", 1),
+    (nn.RNNBase, "hidden_size", "weight_hr_l0", 1),
+    (nn.RNNBase, "proj_size", "weight_hr_l0", 0),
     (nn.RNNBase, "hidden_size", "weight_hh_l0", 1),
 )
 
@@ -211,7 +214,7 @@ def layer_size(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
 
 def _repair_layers(model: nn.Module) -> None:
     for module in model.modules():
-        for layer, attribute, tensor, dim in _LAYER_SIZES:
+        for layer, attribute, tensor, dim in reversed(_LAYER_SIZES):
             value = getattr(module, tensor, None) if isinstance(module, layer) else None
             if isinstance(value, Tensor):
                 setattr(module, attribute, value.shape[dim])
