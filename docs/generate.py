@@ -116,7 +116,7 @@ def coverage_table() -> str:
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
-    for name in ("masked_training", "analysis_time", "scoring_cost"):
+    for name in ("masked_training", "analysis_time", "large_model", "scoring_cost"):
         record = read(f"benchmarks/{name}.json")
         lines.append(f"- {record['claim']}: **{record['result']}** (`python -m benchmarks.{name}`)")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.pruner import Pruner
     from secateur.structure.structure import Axis, Structure
     from secateur.structure.trace import trace
+    from secateur.structure.twin import verify_by_twin
     from secateur.structure.verify import Verification
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOMES = {
     "prune": "api",
     "save": "api",
     "trace": "structure.trace",
+    "verify_by_twin": "structure.twin",
 }
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "prune",
     "save",
     "trace",
+    "verify_by_twin",
 ]
 
 

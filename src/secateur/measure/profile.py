@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import InvalidInputs
-from secateur.structure.inputs import Inputs, as_inputs, call_with_state, state_of, undisturbed, weightless
+from secateur.structure.inputs import Inputs, as_inputs, call_with_state, state_of, undisturbed
 from secateur.structure.operations import bind, operation_name
+from secateur.structure.weightless import KnownValues, weightless
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ class MacCount:
 def profile(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Profile:
     """Return what `model` costs; it runs once, in eval mode, and is left as it was.
 
+    Parameters on the meta device have no values; they count as not zero.
+
     Example:
         >>> profile(nn.Linear(10, 20), torch.zeros(1, 10)).macs
         200
     """
     counted = count_macs(model, example_inputs, example_kwargs)
     parameters = dict(model.named_parameters())
-    nonzero = {name: int(p.count_nonzero()) for name, p in parameters.items()}
+    nonzero = {name: p.numel() if p.is_meta else int(p.count_nonzero()) for name, p in parameters.items()}
     zero_macs = sum(macs * (1 - nonzero[n] / parameters[n].numel()) for n, macs in counted.by_parameter.items())
     return Profile(
         params=sum(p.numel() for p in parameters.values()),
@@ -76,12 +79,14 @@ def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[st
     Shapes are enough to count, so the call runs on tensors without memory, unless the model's code asks for values.
     """
     inputs = as_inputs(example_inputs, example_kwargs)
-    state = state_of(model)
+    tensors = state_of(model)
     try:
-        return _count(model, {name: weightless(tensor) for name, tensor in state.items()}, inputs.to("meta"))
+        with KnownValues() as known:
+            state = {n: weightless(t) if isinstance(t, nn.Parameter) else known.hide(t) for n, t in tensors.items()}
+            return _count(model, state, known.hide_all(inputs))
     except InvalidInputs:
-        own = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}
-        return _count(model, own, inputs)
+        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in tensors.items()}
+        return _count(model, state, inputs)
 
 
 def _count(model: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> MacCount:

@@ -28,13 +28,11 @@ class Inputs:
         """Return every tensor in the arguments."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
-    def to(self, target: torch.dtype | str) -> Inputs:
-        """Return the same arguments with tensors on another device, or floating-point ones in another dtype."""
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Return the same arguments with floating-point tensors in `dtype`."""
 
         def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or (isinstance(target, torch.dtype) and not value.is_floating_point()):
-                return value
-            return value.to(target)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return Inputs(tree_map(cast, self.args), tree_map(cast, dict(self.kwargs)))
 
@@ -142,12 +140,6 @@ def _extent(tensor: Tensor) -> range:
     return range(width * tensor.storage_offset(), width * (tensor.storage_offset() + last + 1))
 
 
-def weightless(tensor: Tensor) -> Tensor:
-    """Return a parameter or buffer of the same shape, dtype and layout that has no memory."""
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
 @contextmanager
 def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Put other tensors into every place that holds a parameter or buffer; the originals come back at the end.
@@ -181,10 +173,15 @@ def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Input
         with _holding(model, state):
             return model(*inputs.args, **inputs.kwargs)
     except Exception as error:
+        advice = "Pass inputs for which model(*inputs) works."
+        if any(tensor.is_meta for tensor in state.values()):
+            advice = (
+                "Tensors on the meta device have no values. If the model's code needs one of an input, pass inputs "
+                "with values; if it needs one that depends on a weight, take a small network of the same kind."
+            )
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs.tensors())
         raise InvalidInputs(
-            f"The model does not run on the example inputs ({shapes}): {type(error).__name__}: {error}. "
-            "Pass inputs for which model(*inputs) works."
+            f"The model does not run on the example inputs ({shapes}): {type(error).__name__}: {error}. {advice}"
         ) from error
 
 

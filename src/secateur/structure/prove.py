@@ -75,7 +75,7 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
     structure = structure.frozen(dict.fromkeys(verification.failed, reason))
 
     def fails(names: list[str]) -> bool:
-        return not prove_cut(model, structure, _half(structure, names, seed), seed).ok
+        return not prove_cut(model, structure, half_of_each(structure, names, seed), seed).ok
 
     failed = _culprits(_with_ties(structure, [axis.name for axis in structure.prunable]), fails)
     return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
@@ -110,7 +110,7 @@ def _culprits(classes: list[tuple[str, ...]], fails: Callable[[list[str]], bool]
     return _culprits(classes[:middle], fails) + _culprits(classes[middle:], fails) or names
 
 
-def _half(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
+def half_of_each(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
     """Return a random half of the units of each axis, at least one."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}

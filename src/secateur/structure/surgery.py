@@ -18,10 +18,11 @@ from secateur.errors import PlanMismatch
 from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.dropped import Dropped
-from secateur.structure.inputs import aliases_of, state_of, weightless
+from secateur.structure.inputs import aliases_of, state_of
 from secateur.structure.plan import AttributeChange, AxisCut, ModuleDrop, Plan, TensorCut, expression_of_dim
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
+from secateur.structure.weightless import weightless
 
 FIELD = "config"
 """The attribute in which models keep what they were built from."""

@@ -37,6 +37,7 @@ from secateur.structure.rules import apply_rule
 from secateur.structure.solve import solve
 from secateur.structure.structure import Structure
 from secateur.structure.tracer import OpCall, Tracer
+from secateur.structure.weightless import KnownValues, weightless
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Structure:
@@ -44,6 +45,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 
     The model runs once, in eval mode and without gradients; it is left as it was (parameters, buffers, modes,
     random state).
+
+    A model on the meta device takes no memory and no computation: its inputs may have values or not.
 
     Args:
         model: Any module that runs.
@@ -55,20 +58,19 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """
     inputs = as_inputs(example_inputs, example_kwargs)
     tracer = Tracer()
-    with undisturbed(model), opened_attention(model):
-        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
+    with undisturbed(model), opened_attention(model), _tensors_of(model, inputs) as (state, given):
         tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
             tracer.parameter_of[tensor] = name
         _follow_aliases(model, tracer, state, tensors)
-        for tensor in inputs.tensors():
+        for tensor in given.tensors():
             tracer.fresh(tensor, "input")
-        tracer.history.begin(inputs.tensors())
+        tracer.history.begin(given.tensors())
         with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
-            output = call_with_state(model, state, inputs)
+            output = call_with_state(model, state, given)
         results = output_tensors(output)
         if dict(model.named_parameters()).keys() - tracer.used:
-            results += _trace_training(model, tracer, state, inputs)
+            results += _trace_training(model, tracer, state, given)
         if not results:
             raise InvalidInputs(
                 f"The model's output ({type(output).__name__}) holds no tensor that secateur can find, so no cut could "
@@ -81,6 +83,20 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
             for dim in tensors[name]:
                 freeze(dim, "not used in the traced call")
     return solve(model, tracer, tensors, inputs)
+
+
+@contextmanager
+def _tensors_of(model: nn.Module, inputs: Inputs) -> Iterator[tuple[dict[str, Tensor], Inputs]]:
+    """Give the tensors that a run may use up: all without memory if a parameter has none."""
+    state = state_of(model)
+    if not any(tensor.is_meta for tensor in state.values()):
+        yield {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}, inputs
+        return
+    with KnownValues() as known:
+        yield (
+            {n: weightless(t) if isinstance(t, nn.Parameter) else known.hide(t) for n, t in state.items()},
+            known.hide_all(inputs),
+        )
 
 
 def _follow_aliases(

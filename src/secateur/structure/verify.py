@@ -99,7 +99,15 @@ def verify_structure(model: nn.Module, structure: Structure, seed: int = 0) -> V
     """Permute all prunable axes at once and compare the outputs; on failure find out which axes are to blame.
 
     Runs in float32, and once more in float64 if rounding could explain the difference.
+
+    Raises:
+        InvalidInputs: The model is on the meta device.
     """
+    if any(tensor.is_meta for tensor in state_of(model).values()):
+        raise InvalidInputs(
+            "A model on the meta device has no values to verify an analysis with. Pass one with values, or a small "
+            "network of the same configuration: verify_by_twin(structure, twin, inputs)."
+        )
     names = [axis.name for axis in structure.prunable]
     return _decide(
         names, proof_dtypes(model), lambda subset, dtype: _permutation_error(model, structure, subset, dtype, seed)
