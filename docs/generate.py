@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage.table import shares
+from benchmarks.coverage.table import PEERS, VERDICT_HEAD, markdown_table, shares, verdicts
 
 import secateur as sc
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
@@ -104,13 +104,19 @@ def oracle_table() -> str:
 
 
 def coverage_table() -> str:
-    """Return how many networks of each library pass each stage, and which fail and why."""
+    """Return how many networks of each library pass each stage, beside Torch-Pruning, and which fail and why."""
     rows = read("coverage/rows.json")["rows"]
-    table = shares(rows)
-    head = ("library", *next(iter(table.values())))
-    text = markdown_table(head, [(library, *cells.values()) for library, cells in table.items()])
+    passed = shares(rows)
     failed = [f"- `{row['name']}`: {row['failed'][:160]}" for row in rows if row["failed"]]
-    return "\n".join([text, "", f"{len(failed)} failures:" if failed else "No failures.", "", *failed]).strip()
+    parts = [
+        markdown_table(
+            ("library", *next(iter(passed.values()))), [(library, *cells.values()) for library, cells in passed.items()]
+        ),
+        markdown_table(VERDICT_HEAD, verdicts(rows, PEERS)),
+        f"{len(failed)} failures:" if failed else "No failures.",
+        "\n".join(failed),
+    ]
+    return "\n\n".join(parts).strip()
 
 
 def benchmark_lines() -> str:
@@ -131,12 +137,6 @@ def machine(record: Any) -> str:
     """Return where a record was made, in one line."""
     facts = record["environment"]
     return f"Measured on {facts['processor']} ({facts['cores']} cores), torch {facts['torch']}."
-
-
-def markdown_table(head: Any, rows: Any) -> str:
-    """Return a table in Markdown."""
-    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 BLOCKS: dict[str, Callable[..., str]] = {

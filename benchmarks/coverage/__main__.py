@@ -1,4 +1,4 @@
-"""Runs all networks, each in processes of its own with a time limit, and prints the shares."""
+"""Runs all networks, several at a time, and prints the shares."""
 
 from __future__ import annotations
 
@@ -6,65 +6,110 @@ import argparse
 import fnmatch
 import json
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from benchmarks import RESULTS
-from benchmarks.coverage.table import line, shares
-from benchmarks.coverage.zoo import names
+from benchmarks.coverage import one, torch_pruning
+from benchmarks.coverage.processes import FORK, in_child
+from benchmarks.coverage.table import PEERS, line, page, shares
+from benchmarks.coverage.zoo import allow_torchvision, names
 from secateur.atomic import written_atomically
 from secateur.environment import environment
 
 FOLDER = RESULTS.parent / "coverage"
-SECONDS = 900
+PACKAGES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
 
 
 def main() -> None:
-    """Run what has no row yet; rows of failures are run again only when asked for by name."""
+    """Run what has no row yet; what has one is run again only when asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="*", help="a pattern of names, for example timm:*")
+    parser.add_argument("--only", default="*", help="patterns of names, for example timm:*,hf:bert")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="run networks that have a row, too")
-    parser.add_argument("--no-onnx", action="store_true", help="leave the second process out")
+    parser.add_argument("--failed", action="store_true", help="run networks whose row is a failure, too")
     options = parser.parse_args()
     rows = read()
-    todo = [n for n in names() if fnmatch.fnmatch(n, options.only) and (options.again or n not in rows)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(network, name, options.no_onnx) for name in todo]):
-            row = future.result()
-            rows[row["name"]] = row
-            write(rows)
-            print(line(row), flush=True)
-    for library, cells in shares(rows.values()).items():
-        print(f"{library:14}" + "  ".join(f"{name} {value}" for name, value in cells.items()))
+    todo = [
+        name
+        for name in names()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.only.split(","))
+        and (options.again or name not in rows or (options.failed and rows[name]["failed"]))
+    ]
+    for row in run(todo, options.jobs):
+        rows[row["name"]] = row
+        write(rows)
+        print(line(row), flush=True)
+    for title, cells in shares(rows.values()).items():
+        print(f"{title:14}" + "  ".join(f"{name} {value}" for name, value in cells.items()))
 
 
-def network(name: str, no_onnx: bool) -> dict[str, Any]:
-    """Return the row of one network."""
+def run(todo: list[str], jobs: int) -> Iterable[dict[str, Any]]:
+    """Yield a row per network as each is done. The libraries are imported once; every piece of work is a fork."""
+    prepare()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    with ProcessPoolExecutor(jobs, mp_context=FORK) as pool:
+        for future in as_completed([pool.submit(network, name) for name in todo]):
+            yield {**future.result(), "commit": commit.stdout.strip()}
+
+
+def prepare() -> None:
+    """Import what every network needs, and let the ONNX exporter fill its tables."""
+    torch.set_num_threads(1)
+    allow_torchvision()
+    import timm
+    import torch_pruning as tp
+    import transformers
+
+    from secateur.deploy import onnx
+
+    assert timm and tp and transformers.AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as folder:
-        row = child("run", name, folder)
-        if row["stages"].get("save") and not no_onnx:
-            second = child("again", name, folder)
-            row["stages"] |= second["stages"]
-            row["seconds"] |= second["seconds"]
-            row["failed"] = second["failed"]
+        onnx.export(nn.Linear(2, 2).eval(), torch.zeros(2, 2), Path(folder) / "first.onnx")
+
+
+def network(name: str) -> dict[str, Any]:
+    """Return the row of one network."""
+    library = PACKAGES[name.partition(":")[0]]
+    row: dict[str, Any] = {"name": name, "library": f"{library} {version(library)}", "failed": ""}
+    row |= {"stages": {}, "seconds": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        _add(row, "run", in_child(one.run, name, Path(folder)))
+        if row["stages"].get("save"):
+            _add(row, "again", in_child(one.again, name, Path(folder)))
+    row["torch_pruning"] = peer(name)
     return row
 
 
-def child(mode: str, name: str, folder: str) -> dict[str, Any]:
-    """Return what a process of `one` reports."""
-    row: dict[str, Any] = {"name": name, "stages": {}, "seconds": {}}
-    command = [sys.executable, "-m", "benchmarks.coverage.one", mode, name, folder]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {**row, "failed": f"{mode}: not done in {SECONDS} s"}
-    if done.returncode != 0:
-        return {**row, "failed": f"{mode}: exit code {done.returncode}: {done.stderr.strip()[-300:]}"}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def _add(row: dict[str, Any], what: str, result: dict[str, Any]) -> None:
+    """Put what one process reports into the row."""
+    for key in ("stages", "seconds"):
+        row[key] |= result.pop(key, {})
+    row["peak_mb"] = max(row.get("peak_mb", 0), result.pop("peak_mb", 0))
+    if "crashed" in result:
+        row["failed"] = f"{what}: {result.pop('crashed')}"
+    row |= result
+
+
+def peer(name: str) -> dict[str, Any]:
+    """Return what Torch-Pruning makes of a network with each of its settings, until one is right."""
+    results: dict[str, Any] = {}
+    settings = in_child(torch_pruning.settings_for, name).get("settings", torch_pruning.SETTINGS)
+    for setting in settings:
+        result = in_child(torch_pruning.compare, name, setting)
+        if "crashed" in result:
+            result = {"verdict": "fails", "reason": result["crashed"]}
+        results[setting] = result
+        if result["verdict"] == "right" or result.get("reason", "").startswith("not done"):
+            break
+    return results
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -74,11 +119,13 @@ def read() -> dict[str, dict[str, Any]]:
 
 
 def write(rows: dict[str, dict[str, Any]]) -> None:
-    """Write all rows, in the order of the names."""
+    """Write all rows, in the order of the names, and the page that shows them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    ordered = [rows[name] for name in sorted(rows)]
+    record = {"environment": environment(), "rows": [rows[name] for name in sorted(rows)]}
     with written_atomically(FOLDER / "rows.json") as temporary:
-        temporary.write_text(json.dumps({"environment": environment(), "rows": ordered}, indent=1) + "\n")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    with written_atomically(FOLDER / "README.md") as temporary:
+        temporary.write_text(page(record, PEERS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,59 +1,66 @@
-"""Takes one network through all stages, in a process of its own: python -m benchmarks.coverage.one NAME FOLDER."""
+"""Takes one network through all stages, each within a limit of time."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
 from torch import nn
 
 import secateur as sc
+from benchmarks.coverage.judge import judge, tag
+from benchmarks.coverage.processes import within
 from benchmarks.coverage.zoo import build
-from secateur.structure.inputs import as_inputs, output_tensors
+from secateur.optional import optional_import
+from secateur.structure.inputs import as_inputs, output_tensors, relative_error
 
 BUDGET = 0.5
+SECONDS = 600
+"""Limit of each stage."""
+ONNX_TOLERANCE = 1e-3
 
 
 class Row:
     """What happened to one network: the result and the seconds of each stage, and the first failure."""
 
-    def __init__(self, name: str) -> None:
-        self.data: dict[str, Any] = {"name": name, "stages": {}, "seconds": {}, "failed": ""}
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {"stages": {}, "seconds": {}, "failed": ""}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage; what it raises ends the row."""
-        start = perf_counter()
+        start = process_time()
         try:
-            yield
+            with within(SECONDS):
+                yield
             self.data["stages"][name] = True
         except Exception as error:
             self.data["stages"][name] = False
             self.data["failed"] = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise
         finally:
-            self.data["seconds"][name] = round(perf_counter() - start, 3)
+            self.data["seconds"][name] = round(process_time() - start, 3)
 
 
-def run(name: str, folder: Path) -> Row:
-    """Trace, verify, prune with proof, train one step, save; the files for `again` are left in `folder`."""
-    row = Row(name)
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Trace, verify, prune with proof, let the judge see it, train one step, save; leave the files for `again`."""
+    row = Row()
     try:
         _stages(name, folder, row)
     except Exception:
-        return row  # it says which stage failed and how
-    return row
+        return row.data  # it says which stage failed and how
+    return row.data
 
 
 def _stages(name: str, folder: Path, row: Row) -> None:
     with row.stage("build"):
         model, inputs = build(name)
+        tag(model)
     row.data["params"] = sum(p.numel() for p in model.parameters())
     with row.stage("trace"):
         structure = sc.trace(model, inputs)
@@ -69,6 +76,10 @@ def _stages(name: str, folder: Path, row: Row) -> None:
         row.data["proof"] = pruned.proofs[-1].max_error
         frozen = [a for a in pruned.structure.axes if "prove" in a.reason or "permuting" in a.reason]
         row.data["unproved"] = {axis.name: axis.reason for axis in frozen[:8]}
+    with row.stage("right"):
+        right, row.data["judge_error"] = judge(model, copy.deepcopy(pruned.model), structure)
+        if not right:
+            raise RuntimeError(f"the cut network differs from the masked one by {row.data['judge_error']:.1e}")
     with row.stage("step"):
         train_one_step(pruned.model, inputs)
     with row.stage("save"):
@@ -102,7 +113,7 @@ def train_one_step(model: nn.Module, inputs: Any) -> None:
     """Take one optimizer step on the mean square of the outputs.
 
     Raises:
-        RuntimeError: No gradient arrived, or it is not finite.
+        RuntimeError: No gradient arrived.
     """
     arguments = as_inputs(inputs)
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
@@ -114,9 +125,9 @@ def train_one_step(model: nn.Module, inputs: Any) -> None:
         raise RuntimeError("No gradient arrived.")
 
 
-def again(name: str, folder: Path) -> Row:
-    """Load the file of `run` in this process, which knows only the constructor, and export the network to ONNX."""
-    row = Row(name)
+def again(name: str, folder: Path) -> dict[str, Any]:
+    """Load the file of `run` in a process that knows only the constructor, export the network to ONNX and run that."""
+    row = Row()
     try:
         _, inputs = build(name)
         with row.stage("load"):
@@ -125,15 +136,23 @@ def again(name: str, folder: Path) -> Row:
             for found, saved in zip(output_tensors(call(model, inputs)), expected, strict=True):
                 torch.testing.assert_close(found, saved, rtol=1e-4, atol=1e-5)
         with row.stage("onnx"):
-            from secateur.deploy import onnx
-
-            onnx.export(model, inputs, folder / "pruned.onnx")
+            export(model, inputs, folder / "pruned.onnx")
     except Exception:
-        return row
-    return row
+        return row.data
+    return row.data
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    stages: Callable[[str, Path], Row] = again if sys.argv[1] == "again" else run
-    sys.stdout.write("\n" + json.dumps(stages(sys.argv[2], Path(sys.argv[3])).data) + "\n")
+def export(model: nn.Module, inputs: Any, path: Path) -> None:
+    """Export a network to ONNX.
+
+    Raises:
+        RuntimeError: ONNX Runtime computes something else.
+    """
+    from secateur.deploy import onnx
+
+    onnx.export(model, inputs, path)
+    session = optional_import("onnxruntime", "onnx").InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = [torch.from_numpy(array) for array in session.run(None, onnx.feed(path, as_inputs(inputs)))]
+    error = relative_error(found, output_tensors(call(model, inputs)))
+    if error > ONNX_TOLERANCE:
+        raise RuntimeError(f"ONNX Runtime's output differs from PyTorch's by {error:.1e}.")

@@ -11,22 +11,27 @@ import torch
 from torch import nn
 
 from benchmarks.coverage.hugging_face import TYPES, build_type
+from benchmarks.coverage.table import PEERS
 from secateur.tasks.zoo import allow_torchvision
 
-TIMM = json.loads((Path(__file__).parent / "timm.json").read_text(encoding="utf-8"))
-"""Module family -> (its smallest network, input shape), cheapest first."""
+TIMM: dict[str, str] = json.loads((Path(__file__).parent / "timm.json").read_text(encoding="utf-8"))
+"""Module family -> its smallest network, cheapest first."""
 
-TORCHVISION_SIZES = {"inception_v3": 299}
-SMALL_TORCHVISION_INPUT = 128
+SMALL = 128
+"""Side of the images for networks that take any size, to save time."""
+SIZES = {"timm:halonet_h1": 256, "torchvision:inception_v3": 299}
+FIXED_TORCHVISION = ("vit", "maxvit")
 
 
 def names() -> list[str]:
-    """Return the names of all networks, ``library:network``."""
-    return [
-        *(f"timm:{network}" for network, _ in TIMM.values()),
-        *(f"torchvision:{network}" for network in torchvision_networks()),
+    """Return the names of all networks, ``library:network``, cheapest first within each library."""
+    everything = [
         *(f"hf:{model_type}" for model_type in TYPES),
+        *PEERS,
+        *(f"torchvision:{network}" for network in torchvision_networks()),
+        *(f"timm:{network}" for network in TIMM.values()),
     ]
+    return list(dict.fromkeys(everything))
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -41,8 +46,11 @@ def build(name: str) -> tuple[nn.Module, Any]:
 def _timm(network: str) -> tuple[nn.Module, Any]:
     import timm
 
-    shape = next(shape for name, shape in TIMM.values() if name == network)
-    return timm.create_model(network), torch.randn(2, *shape)
+    model = timm.create_model(network)
+    channels, *sides = model.pretrained_cfg["input_size"]
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        sides = [SIZES.get(f"timm:{network}", SMALL)] * 2
+    return model, torch.randn(2, channels, *sides)
 
 
 def torchvision_networks() -> list[str]:
@@ -59,7 +67,7 @@ def _torchvision(network: str) -> tuple[nn.Module, Any]:
     options = {"weights_backbone": None} if network in models.list_models(module=models.segmentation) else {}
     if network in ("googlenet", "inception_v3"):
         options["init_weights"] = True
-    size = TORCHVISION_SIZES.get(network, 224 if network.startswith(("vit", "maxvit")) else SMALL_TORCHVISION_INPUT)
+    size = SIZES.get(f"torchvision:{network}", 224 if network.startswith(FIXED_TORCHVISION) else SMALL)
     return models.get_model(network, weights=None, **options), torch.randn(2, 3, size, size)
 
 
