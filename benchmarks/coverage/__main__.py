@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from benchmarks import RESULTS
 from benchmarks.coverage import one, torch_pruning
 from benchmarks.coverage.processes import FORK, in_child
 from benchmarks.coverage.table import PEERS, line, page, shares
-from benchmarks.coverage.zoo import allow_torchvision, names
+from benchmarks.coverage.zoo import allow_torchvision, build, names
 from secateur.atomic import written_atomically
 from secateur.environment import environment
 
@@ -76,15 +77,17 @@ def prepare() -> None:
 
 
 def network(name: str) -> dict[str, Any]:
-    """Return the row of one network."""
+    """Return the row of one network, which is built once: the forks get it as it is."""
     library = PACKAGES[name.partition(":")[0]]
     row: dict[str, Any] = {"name": name, "library": f"{library} {version(library)}", "failed": ""}
-    row |= {"stages": {}, "seconds": {}}
+    start = process_time()
+    model, inputs = build(name)
+    row |= {"stages": {}, "seconds": {"build": round(process_time() - start, 3)}}
     with tempfile.TemporaryDirectory() as folder:
-        _add(row, "run", in_child(one.run, name, Path(folder)))
+        _add(row, "run", in_child(one.run, model, inputs, Path(folder)))
         if row["stages"].get("save"):
-            _add(row, "again", in_child(one.again, name, Path(folder)))
-    row["torch_pruning"] = peer(name)
+            _add(row, "again", in_child(one.again, name, inputs, Path(folder)))
+    row["torch_pruning"] = peer(model, inputs)
     return row
 
 
@@ -98,12 +101,11 @@ def _add(row: dict[str, Any], what: str, result: dict[str, Any]) -> None:
     row |= result
 
 
-def peer(name: str) -> dict[str, Any]:
+def peer(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Return what Torch-Pruning makes of a network with each of its settings, until one is right."""
     results: dict[str, Any] = {}
-    settings = in_child(torch_pruning.settings_for, name).get("settings", torch_pruning.SETTINGS)
-    for setting in settings:
-        result = in_child(torch_pruning.compare, name, setting)
+    for setting in torch_pruning.settings_for(model):
+        result = in_child(torch_pruning.compare, model, inputs, setting)
         if "crashed" in result:
             result = {"verdict": "fails", "reason": result["crashed"]}
         results[setting] = result

@@ -47,20 +47,18 @@ class Row:
             self.data["seconds"][name] = round(process_time() - start, 3)
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+def run(model: nn.Module, inputs: Any, folder: Path) -> dict[str, Any]:
     """Trace, verify, prune with proof, let the judge see it, train one step, save; leave the files for `again`."""
     row = Row()
     try:
-        _stages(name, folder, row)
+        _stages(model, inputs, folder, row)
     except Exception:
         return row.data  # it says which stage failed and how
     return row.data
 
 
-def _stages(name: str, folder: Path, row: Row) -> None:
-    with row.stage("build"):
-        model, inputs = build(name)
-        tag(model)
+def _stages(model: nn.Module, inputs: Any, folder: Path, row: Row) -> None:
+    tag(model)
     row.data["params"] = sum(p.numel() for p in model.parameters())
     with row.stage("trace"):
         structure = sc.trace(model, inputs)
@@ -125,11 +123,10 @@ def train_one_step(model: nn.Module, inputs: Any) -> None:
         raise RuntimeError("No gradient arrived.")
 
 
-def again(name: str, folder: Path) -> dict[str, Any]:
+def again(name: str, inputs: Any, folder: Path) -> dict[str, Any]:
     """Load the file of `run` in a process that knows only the constructor, export the network to ONNX and run that."""
     row = Row()
     try:
-        _, inputs = build(name)
         with row.stage("load"):
             model = sc.load(folder / "pruned.safetensors", build=lambda: build(name)[0])
             expected = torch.load(folder / "outputs.pt")

@@ -7,6 +7,7 @@ or whole heads, as its example for language models does (`whole heads`). The bes
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from time import process_time
@@ -18,7 +19,6 @@ from torch import nn
 import secateur as sc
 from benchmarks.coverage.judge import ForeignTensor, judge, tag
 from benchmarks.coverage.processes import OutOfTime, within
-from benchmarks.coverage.zoo import build
 from secateur.structure.inputs import as_inputs, call_with_state, output_tensors, state_of, undisturbed
 
 SECONDS = 120
@@ -34,12 +34,10 @@ _HEAD_WIDTHS = ("head_dim", "attention_head_size", "dim_head", "key_value_proj_d
 _WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_size", "dim", "d_model", "split_size")
 
 
-def compare(name: str, setting: str) -> dict[str, Any]:
-    """Return verdict, reason, seconds and share of the parameters of one network pruned with one setting."""
-    dense, inputs = build(name)
-    model, _ = build(name)
+def compare(dense: nn.Module, inputs: Any, setting: str) -> dict[str, Any]:
+    """Return verdict, reason, seconds and share of the parameters of a network pruned with one setting."""
     tag(dense)
-    tag(model)
+    model = copy.deepcopy(dense)
     structure = sc.trace(dense, inputs)
     shapes, before = _shapes(dense, inputs), sum(p.numel() for p in model.parameters())
     start = process_time()
@@ -114,9 +112,9 @@ def output_layers(model: nn.Module, structure: sc.Structure) -> list[nn.Module]:
     ]
 
 
-def settings_for(name: str) -> dict[str, Any]:
-    """Return the ``settings`` that make a difference for a network."""
-    return {"settings": SETTINGS if any(True for _ in _heads(build(name)[0])) else SETTINGS[:1]}
+def settings_for(model: nn.Module) -> tuple[str, ...]:
+    """Return the settings that make a difference for a network."""
+    return SETTINGS if any(True for _ in _heads(model)) else SETTINGS[:1]
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[nn.Linear, int]]:
