@@ -21,9 +21,10 @@ from benchmarks import RESULTS
 from benchmarks.coverage import one, torch_pruning
 from benchmarks.coverage.processes import FORK, in_child
 from benchmarks.coverage.table import PEERS, line, page, shares
-from benchmarks.coverage.zoo import allow_torchvision, build, names
+from benchmarks.coverage.zoo import build, names
 from secateur.atomic import written_atomically
 from secateur.environment import environment
+from secateur.tasks.zoo import allow_torchvision
 
 FOLDER = RESULTS.parent / "coverage"
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
