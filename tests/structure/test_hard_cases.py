@@ -383,6 +383,29 @@ def test_channels_last_pooling_keeps_its_dims():
     assert free(proved_structure(model.eval(), x)) == {"0": 16}
 
 
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d])
+def test_pooling_along_the_sequence_keeps_the_width(pool):  # as in Funnel
+    model = Model(
+        lambda self, x: self.b(pool(self.a(x)[:, None], (2, 1))[:, 0]), a=nn.Linear(6, 16), b=nn.Linear(16, 3)
+    )
+    x = torch.randn(2, 8, 6)
+    assert free(proved_structure(model.eval(), x)) == {"a": 16}
+    across = Model(
+        lambda self, x: self.b(pool(self.a(x)[:, None], (1, 2))[:, 0]), a=nn.Linear(6, 16), b=nn.Linear(8, 3)
+    )
+    assert not free(sc.trace(across.eval(), x))
+
+
+def test_a_factory_may_get_a_size_as_a_tensor():  # as in Longformer
+    def forward(self, x):
+        y = self.a(x)
+        blank = y.new_zeros(torch.tensor(4), self.a.out_features)
+        return self.b(torch.cat([blank, y]))
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    assert free(proved_structure(model.eval(), torch.randn(2, 6))) == {"a": 16}
+
+
 def test_experts_lose_hidden_units_and_scattered_rows_keep_their_width():
     def forward(self, x):
         weight, chosen = self.router(x).softmax(-1).topk(1)

@@ -117,9 +117,9 @@ def factory_sizes(call: FunctionCall | None, out: Tensor) -> Sizes:
     first = 1 if call.name.startswith("new_") else 0
     last = first + 1 if call.name in ("full", "new_full") else None
     values = call.kwargs.get("size", call.args[first:last])
-    sizes = flat_sizes(
-        [v for v in values if isinstance(v, int | tuple | list)] if isinstance(values, tuple) else values
-    )
+    if isinstance(values, tuple):  # a size may be a tensor with one integer
+        values = [int(v) if isinstance(v, Tensor) else v for v in values if isinstance(v, int | tuple | list | Tensor)]
+    sizes = flat_sizes(values)
     if len(sizes) == out.dim() and all(int(a) == b for a, b in zip(sizes, out.shape, strict=True)):
         return _known(sizes)
     return list(out.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 from torch import Tensor
@@ -342,9 +343,9 @@ def col2im(call: OpCall) -> None:
     tracer.set(call.out, [n, channels, *(leaf(size, "spatial" if size > 1 else "") for size in call.out.shape[2:])])
 
 
-def windowed(tracer: Tracer, source: Tensor, result: Tensor, kept: int) -> None:
-    """Record a result whose first `kept` dims are those of the source and whose other dims are new, spatial ones."""
+def windowed(tracer: Tracer, source: Tensor, result: Tensor, kept: int, same: Collection[int] = ()) -> None:
+    """Record a result whose first `kept` dims, and those in `same`, pass; the others are new, spatial ones."""
     dims = tracer.dims(source)
-    tracer.freeze(dims[kept:], "spatial")
-    space = [leaf(size, "spatial" if size > 1 else "") for size in result.shape[kept:]]
-    tracer.set(result, [*dims[:kept], *space])
+    tracer.freeze([d for i, d in enumerate(dims) if i >= kept and i not in same], "spatial")
+    new = [leaf(size, "spatial" if size > 1 else "") for size in result.shape]
+    tracer.set(result, [d if i < kept or i in same else new[i] for i, d in enumerate(dims)])

@@ -190,8 +190,18 @@ def ordered(call: OpCall) -> None:
     "mkldnn_max_pool2d",
 )
 def pool(call: OpCall) -> None:
-    """Batch and channels pass, space is new."""
+    """Batch and channels pass, space is new; along a dim with windows of one entry nothing is pooled."""
     x = call["self"]
     space = 3 if "3d" in call.name else 1 if "1d" in call.name else 2
+    same = [x.dim() - space + i for i in range(space) if _window(call, i) == (1, 1, 0)]
     for result in call.results():
-        windowed(call.tracer, x, result, x.dim() - space)
+        windowed(call.tracer, x, result, x.dim() - space, same)
+
+
+def _window(call: OpCall, position: int) -> tuple[int, ...]:
+    """Return kernel size, stride and padding of a pooling along one of its dims; nothing if it adapts to a size."""
+    kernel = call.arguments.get("kernel_size")
+    if kernel is None:
+        return ()
+    settings = kernel, call.arguments.get("stride") or kernel, call.arguments.get("padding") or [0]
+    return tuple(values[position] if len(values) > 1 else values[0] for values in settings)
