@@ -7,7 +7,6 @@ import urllib.request
 from html.parser import HTMLParser
 
 import pytest
-from tests.bench.synthetic import CODE, record, records
 
 from secateur.bench.benchmarks import find_benchmark, plan
 from secateur.bench.records import Reported
@@ -18,6 +17,7 @@ from secateur.bench.store import Store
 from secateur.bench.summary import summarize
 from secateur.core.method import method
 from secateur.core.registry import cards
+from secateur.testing.records import CODE, record, records
 
 BENCHMARK = find_benchmark("digits/resnet8")
 RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.bench.synthetic import records
 
 from secateur.bench.benchmarks import find_benchmark
 from secateur.bench.site.build import build_site
 from secateur.bench.store import Store
+from secateur.testing.records import records
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install secateur[slow-tests]")
 AXE = Path(os.environ.get("SECATEUR_AXE", ".venv/axe/package/axe.min.js"))

@@ -149,7 +149,7 @@ def _method_page(card: Card, slots: dict[str, str], boards: Iterable[Board]) -> 
 def _card_html(card: Card) -> Markup:
     """Return a card as HTML, without its comments; code that scrolls can be reached by the keyboard."""
     text = MarkdownIt("commonmark", {"html": False}).enable("table").render(_COMMENT.sub("", card.text))
-    return Markup(text.replace("<pre>", '<pre tabindex="0">'))
+    return Markup(text.replace("<pre>", '<pre tabindex="0">').replace("<table>", '<table tabindex="0">'))
 
 
 _COMMENT = re.compile("<!--.*?-->", re.DOTALL)
