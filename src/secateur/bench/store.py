@@ -37,8 +37,11 @@ class Store:
 
     def path(self, run: Run) -> Path:
         """Return where the record of a run lies."""
-        words = [run.arm] if run.role == "dense" else [*run.group]
-        return self.folder / run.benchmark / f"{'-'.join([*words, f'seed{run.seed}', run.id[:8]])}.json"
+        return self.folder / _place(run, run.id)
+
+    def path_of(self, record: Record) -> Path:
+        """Return where a record lies; does not hash its run again."""
+        return self.folder / _place(record.run, record.id)
 
     def find(self, run: Run) -> Record | None:
         """Return the record of a run; None if there is none, or if what lies there is refused."""
@@ -62,7 +65,7 @@ class Store:
         Raises:
             OSError: The disk is full or cannot be written to; nothing is left behind.
         """
-        path = self.path(record.run)
+        path = self.path_of(record)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = None if replace else self.find(record.run)
         if found is not None:
@@ -78,7 +81,7 @@ class Store:
         for path in self._files(benchmark):
             try:
                 record = read_record(path)
-                if path != self.path(record.run):
+                if path != self.path_of(record):
                     raise InvalidRecord(f"{path} holds the record of another run, {record.run.label}.")
                 records.append(record)
             except InvalidRecord as error:
@@ -88,6 +91,11 @@ class Store:
     def _files(self, benchmark: str | None) -> Iterator[Path]:
         folder = self.folder / benchmark if benchmark else self.folder
         yield from sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+
+
+def _place(run: Run, id: str) -> str:
+    words = [run.arm] if run.role == "dense" else [*run.group]
+    return f"{run.benchmark}/{'-'.join([*words, f'seed{run.seed}', id[:8]])}.json"
 
 
 def standing(records: Iterable[Record], benchmark: Benchmark) -> dict[str, tuple[str, ...]]:

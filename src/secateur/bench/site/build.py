@@ -108,7 +108,7 @@ def _write_shards(out: Path, board: Board, store: Store) -> None:
     for name, records in shards(board.benchmark.name, board.records).items():
         content = {
             record.id: {
-                "file": store.path(record.run).relative_to(store.folder).as_posix(),
+                "file": store.path_of(record).relative_to(store.folder).as_posix(),
                 "page": f"benchmarks/{board.slug}.html",
                 "command": command(record.run),
                 "reasons": reasons[record.id],

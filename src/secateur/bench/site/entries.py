@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from secateur.bench.benchmarks import Benchmark
 from secateur.bench.records import Record, Reported, Run
-from secateur.bench.statistics import Interval, Paired, interval
+from secateur.bench.statistics import Interval, Paired
 from secateur.bench.summary import Row
 from secateur.core.registry import Card
 
@@ -109,10 +110,10 @@ def _costs(row: Row, engines: Iterable[str]) -> dict[str, float]:
     if not measured:
         return {}
     costs = {
-        "sparsity": interval([100 * m.sparsity for m in measured]).mean,
-        "macs": interval([100 * m.after.effective_macs / m.before.effective_macs for m in measured]).mean,
-        "params": interval([100 * m.after.nonzero_params / m.before.nonzero_params for m in measured]).mean,
-        "bytes": interval([100 * m.after.bytes / m.before.bytes for m in measured]).mean,
+        "sparsity": fmean(100 * m.sparsity for m in measured),
+        "macs": fmean(100 * m.after.effective_macs / m.before.effective_macs for m in measured),
+        "params": fmean(100 * m.after.nonzero_params / m.before.nonzero_params for m in measured),
+        "bytes": fmean(100 * m.after.bytes / m.before.bytes for m in measured),
     }
     for engine in engines:
         found = row.speedup(engine)
