@@ -1,6 +1,6 @@
 """How long the pages of many records take: python -m benchmarks.leaderboard_size [--records 100000].
 
-The records are made up, lie in a temporary folder and never leave it: 20 benchmarks, each with as many arms as it takes,
+The records are made up, lie in a temporary folder and never leave it: 20 benchmarks, each with as many arms as needed,
 at 4 budgets with 3 seeds.
 """
 
