@@ -257,7 +257,7 @@ def _dense_run(benchmark: Benchmark, data: str, seed: int) -> Run:
         network=benchmark.network,
         metric=benchmark.metric,
         reference=benchmark.reference,
-        training=benchmark.training.model_dump(mode="json"),
+        training=benchmark.training.model_dump(mode="json", exclude_defaults=True),
         seed=seed,
         role="dense",
         arm=DENSE,

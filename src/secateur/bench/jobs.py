@@ -45,7 +45,8 @@ from secateur.core.budget import Budget
 from secateur.core.recipe import Recipe
 from secateur.deploy import safetensors
 from secateur.environment import commit, environment
-from secateur.errors import InvalidFile
+from secateur.errors import InvalidFile, StructureError
+from secateur.measure.effective import effective_params
 from secateur.measure.latency import compare_latency
 from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
@@ -233,7 +234,7 @@ def _measure_pruned(
         file_bytes=file_bytes,
         reached=reached(pruned),
         sparsity=1 - after.nonzero_params / pruned.before.params,
-        effective_sparsity=None,
+        effective_sparsity=_effective_sparsity(pruned),
         samples_scored=sum(r.samples_used for r in pruned.rounds),
         training=_training(task, int(pruned.history[-1]["step"]) if pruned.history else 0, after.macs),
         proof=max((proof.max_error for proof in pruned.proofs), default=None),
@@ -268,6 +269,14 @@ def _initial_state(run: Run, task: Task) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         return task.build(run.network).state_dict()
+
+
+def _effective_sparsity(pruned: Pruned) -> float | None:
+    """Return the share of the dense network's parameters that have no effect any more; None if that is not known."""
+    try:
+        return 1 - effective_params(pruned.model, pruned.inputs) / pruned.before.params
+    except StructureError:
+        return None
 
 
 def reached(pruned: Pruned) -> float:

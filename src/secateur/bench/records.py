@@ -39,7 +39,7 @@ class Run(Part):
         network: Name of the network.
         metric: What is compared.
         reference: Where the dense network comes from.
-        training: Settings of its training.
+        training: Settings of its training that are not the defaults.
         seed: Controls every random choice: the dense network's, the pruning's, the recovery's.
         role: The dense reference itself, a method, or a control (random pruning, training from scratch).
         arm: The name in tables: ``dense``, the method's name, or the control's.
@@ -70,8 +70,8 @@ class Run(Part):
 
     @property
     def id(self) -> str:
-        """The run's name: 16 hexadecimal digits."""
-        return hash_of(self.model_dump(mode="json"))[:16]
+        """The run's name: 16 hexadecimal digits; the recipe counts by its own hash, which leaves defaults out."""
+        return hash_of(self.model_dump(mode="json", exclude={"recipe"}))[:16]
 
     @property
     def granularity(self) -> str:

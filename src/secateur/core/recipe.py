@@ -56,8 +56,11 @@ class Recipe(Value):
 
     @property
     def hash(self) -> str:
-        """A name for the recipe that is the same on every machine: 16 hexadecimal digits."""
-        data = self.model_dump(mode="json")
+        """A name for the recipe that is the same on every machine: 16 hexadecimal digits.
+
+        Settings at their defaults are left out, so a part that gets a new setting leaves all names as they were.
+        """
+        data = self.model_dump(mode="json", exclude_defaults=True)
         for name in type(self).model_fields:
             answer = getattr(self, name)
             if isinstance(answer, Slot):

@@ -33,7 +33,7 @@ class Slot(Value, ABC):
     name: ClassVar[str] = ""
     """The answer, for example ``"taylor"``."""
     version: ClassVar[int] = 1
-    """Raised when the same settings come to mean something else; part of a recipe's hash."""
+    """Raised when the same settings come to mean something else, a changed default too; part of a recipe's hash."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

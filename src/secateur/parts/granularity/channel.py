@@ -100,7 +100,7 @@ class ChannelUnits(CutUnits):
     def _sum_over(self, axis: Axis, values: Mapping[str, Tensor], consumed: bool) -> Tensor:
         places = [(name, position) for name, position in axis.members if name in values]
         if consumed:
-            places = [place for place in places if self._consumes(*place)] or places
+            places = [place for place in places if self.consumes(*place)] or places
         total = torch.zeros(axis.size, dtype=next(iter(values.values())).dtype)
         for name, position in places:
             value = values[name]
@@ -111,7 +111,7 @@ class ChannelUnits(CutUnits):
             total.index_add_(0, index[inside], vector.cpu()[inside])
         return total
 
-    def _consumes(self, name: str, position: int) -> bool:
+    def consumes(self, name: str, position: int) -> bool:
         """Return whether an operation sums over this dim of this parameter."""
         consumed = self.structure.consumers.get(name, ())
         dim = self.structure.tensors[name][position]
