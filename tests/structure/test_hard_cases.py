@@ -14,6 +14,7 @@ from torch import nn
 import secateur as sc
 from secateur.core.slots import Criterion
 from secateur.errors import InvalidInputs, NothingPrunable
+from secateur.structure import rules
 from secateur.structure.inputs import output_tensors, relative_error, state_of, undisturbed
 from secateur.structure.prove import proved_structure
 from secateur.structure.surgery import cut_copy
@@ -609,3 +610,39 @@ def test_projected_recurrent_layers_lose_hidden_units_and_projections(bidirectio
     assert small.hidden_size < 16 and small.proj_size < 6
     assert small.weight_hr_l0.shape == (small.proj_size, small.hidden_size)
     assert oracle_error(model, pruned.model, pruned.structure_plan, x) < 1e-10
+
+
+def test_a_rule_whose_dims_do_not_fit_the_result_freezes(monkeypatch):
+    def wrong(call):
+        call.tracer.set(call.out, call.tracer.dims(call["self"])[::-1])
+
+    monkeypatch.setitem(rules.all_rules(), "relu", wrong)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    assert "does not know this form of it (StructureError" in sc.trace(model, torch.randn(2, 6)).axis("0").reason
+
+
+def test_the_median_of_all_values_freezes_all_dims():
+    model = Model(
+        lambda self, x: self.b(self.a(x.mT).mT) * self.a(x.mT).median(), a=nn.Linear(5, 16), b=nn.Linear(6, 3)
+    )
+    assert not free(sc.trace(model, torch.randn(2, 5, 6)))
+
+
+def test_rows_that_are_written_by_index_are_frozen_and_their_width_is_not():
+    def forward(self, x):
+        h = self.a(x).clone()
+        h[:, self.rows] = self.w
+        return self.b(h)
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.w, model.rows = nn.Parameter(torch.randn(2, 16)), torch.tensor([0, 3])
+    structure = proved_structure(model.eval(), torch.randn(2, 5, 6))
+    (axis,) = structure.prunable
+    assert ("w", 1) in axis.members and "constant tensor" in structure.axis("w").reason  # the index
+
+
+def test_group_norm_over_units_in_space():
+    """Rows and columns are units of a layer; the statistics run over them, too."""
+    layers = nn.Linear(6, 12), nn.Unflatten(2, (3, 4)), nn.GroupNorm(2, 4), nn.Flatten(2), nn.Linear(12, 3)
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 4, 6, dtype=torch.float64)
+    assert sorted(free(proved_structure(model, x)).values()) == [3, 4]

@@ -12,28 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.structure.blocks import BLOCKS
 from tests.structure.blocks.networks import EXAMPLES, network
+from tests.structure.cuts import random_cut, runs_a_statistic
 from torch import nn
 
 import secateur as sc
-from secateur.structure.dims import leaves, unit_index
+from secateur.structure.dims import leaves
 from secateur.structure.inputs import relative_error, state_of
 from secateur.structure.plan import Plan, parse_plan
 from secateur.structure.prove import prove_cut
 from secateur.structure.surgery import apply_plan, cut_copy, make_plan, skeleton
 from secateur.testing.oracle import oracle_error
-
-# A zero is not absent for these: the independent oracle, which zeroes, does not judge cuts that they run over.
-STATISTICS = {
-    "native_layer_norm",
-    "_fused_rms_norm",
-    "native_group_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "mean",
-    "var_mean",
-    "_softmax",
-    "_safe_softmax",
-}
 
 
 @st.composite
@@ -43,23 +31,6 @@ def recipes(draw) -> tuple[str, int, list[str], int]:
     kinds = sorted(name for name, block in BLOCKS.items() if block.form == form)
     names = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
     return form, draw(st.integers(3, 6)), names, draw(st.integers(0, 10_000))
-
-
-def random_cut(structure: sc.Structure, r: Random) -> dict[str, torch.Tensor]:
-    """Random units of a random subset of the axes; tied axes lose units together, in their steps."""
-    tied = {name for tie in structure.ties for name in tie}
-    classes = [*structure.ties, *((axis.name,) for axis in structure.prunable if axis.name not in tied)]
-    kept = {}
-    for names in classes:
-        if r.random() < 0.3:
-            continue
-        steps = {name: structure.steps.get(name, 1) for name in names}
-        losses = r.randint(0, min(structure.axis(name).size // step for name, step in steps.items()) - 1)
-        for name, step in steps.items():
-            size = structure.axis(name).size
-            kept[name] = torch.zeros(size, dtype=torch.bool)
-            kept[name][r.sample(range(size), size - step * losses)] = True
-    return kept
 
 
 def free_share(structure: sc.Structure, prefix: str) -> float:
@@ -73,14 +44,6 @@ def free_share(structure: sc.Structure, prefix: str) -> float:
     ]
     counted = [nodes for nodes in counted if nodes]
     return sum(any(node in free for node in nodes) for nodes in counted) / max(len(counted), 1)
-
-
-def runs_a_statistic(structure: sc.Structure, kept: dict[str, torch.Tensor]) -> bool:
-    if any(name == "_weight_norm_interface" for name, _ in structure.path):
-        return True  # the norm of a kernel of zeros divides by zero
-    cut = [structure.axis(name).leaf for name, mask in kept.items() if not bool(mask.all())]
-    sites = [site for name, sites in structure.path if name in STATISTICS for site in sites]
-    return any(bool((unit_index(site.dim, node) >= 0).any()) for site in sites for node in cut)
 
 
 def assert_trains(model: nn.Module, x: torch.Tensor) -> None:

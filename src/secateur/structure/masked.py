@@ -145,7 +145,7 @@ def _rms_norm(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor]:
 def _group_norm(bound: dict[str, Any], masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
     x, groups = bound["input"], bound["group"]
     parts = x.reshape(x.shape[0], groups, -1)
-    weight = masks[1].to(x).view(1, -1, *[1] * (x.dim() - 2)).expand_as(x).reshape(parts.shape)
+    weight = _weights(x, masks).expand_as(x).reshape(parts.shape)
     total = weight.sum(2, keepdim=True).clamp_min(1)  # a group that is cut whole is never consumed
     mean = (parts * weight).sum(2, keepdim=True) / total
     variance = ((parts - mean).square() * weight).sum(2, keepdim=True) / total

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from secateur.errors import StructureError
 from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
@@ -118,7 +119,13 @@ class Tracer:
         return known
 
     def set(self, tensor: Tensor, dims: Sequence[Dim]) -> None:
-        """Record the dims of a result."""
+        """Record the dims of a result.
+
+        Raises:
+            StructureError: They do not have the sizes of the tensor.
+        """
+        if [dim.size for dim in dims] != list(tensor.shape):
+            raise StructureError(f"dims {list(dims)} are not those of a tensor of shape {tuple(tensor.shape)}")
         self.dims_of[tensor] = list(dims)
 
     def fresh(self, tensor: Tensor, reason: str = "") -> list[Dim]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.structure.dims import leaf
+from secateur.structure.dims import Dim, leaf
 from secateur.structure.rules import rule
 from secateur.structure.rules.elementwise import broadcast
-from secateur.structure.tracer import OpCall
+from secateur.structure.tracer import OpCall, Tracer
 
 
 @rule("embedding")
@@ -32,42 +32,43 @@ def index_select(call: OpCall) -> None:
 
 @rule("index")
 def index(call: OpCall) -> None:
-    """Advanced indexing: indexed dims give way to the broadcast dims of the indices; a mask covers its own."""
-    tracer, x = call.tracer, call["self"]
-    dims = tracer.dims(x)
-    used: list[int] = []
-    position = 0
-    for item in call["indices"]:
-        covered = item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-        if isinstance(item, Tensor):
-            used += range(position, position + covered)
-        position += covered
-    tracer.freeze([dims[i] for i in used], "looked up by index")
-    tensors = [item for item in call["indices"] if isinstance(item, Tensor)]
-    rest = [d for i, d in enumerate(dims) if i not in used]
-    rank = call.out.dim() - len(rest)
-    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    masks = [t for t in tensors if t.dtype == torch.bool]
-    if masks:
-        for mask in masks:
-            tracer.freeze(tracer.dims(mask), "selects by its values")
-        looked_up = [leaf(size, "selected by a mask") for size in call.out.shape[at : at + rank]]
-    else:
-        looked_up = broadcast(tracer, tensors, rank)
-    tracer.set(call.out, [*rest[:at], *looked_up, *rest[at:]])
+    """Advanced indexing."""
+    call.tracer.set(call.out, _selection(call.tracer, call["self"], call["indices"]))
 
 
 @rule("index_put")
 def index_put(call: OpCall) -> None:
-    """Values are written at places that indices name; the other dims are those of the values."""
+    """Values are written where advanced indexing would read them."""
     tracer, x, values = call.tracer, call["self"], call["values"]
-    dims, indices = tracer.dims(x), list(call["indices"])
-    tracer.freeze([dims[i] for i, index in enumerate(indices) if index is not None], "looked up by index")
-    free = [d for i, d in enumerate(dims) if i >= len(indices)]
-    for dim, own in zip(reversed(free), reversed(tracer.dims(values)), strict=False):
+    selection = _selection(tracer, x, call["indices"])
+    for dim, own in zip(reversed(selection), reversed(tracer.dims(values)), strict=False):
         if own.size > 1:
             tracer.unify(dim, own)
-    tracer.set(call.out, dims)
+    tracer.set(call.out, tracer.dims(x))
+
+
+def _selection(tracer: Tracer, x: Tensor, indices: list[Tensor | None]) -> list[Dim]:
+    """Return the dims of ``x[indices]``: indexed dims give way to those of the indices; a mask covers several dims."""
+    dims = tracer.dims(x)
+    used: list[int] = []
+    position = 0
+    for item in indices:
+        covered = item.dim() if item is not None and item.dtype == torch.bool else 1
+        if item is not None:
+            used += range(position, position + covered)
+        position += covered
+    tracer.freeze([dims[i] for i in used], "looked up by index")
+    tensors = [item for item in indices if item is not None]
+    masks = [t for t in tensors if t.dtype == torch.bool]
+    if masks:
+        for mask in masks:
+            tracer.freeze(tracer.dims(mask), "selects by its values")
+        looked_up = [leaf(int(masks[0].sum()), "selected by a mask")]
+    else:
+        looked_up = broadcast(tracer, tensors, max(t.dim() for t in tensors))
+    rest = [d for i, d in enumerate(dims) if i not in used]
+    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    return [*rest[:at], *looked_up, *rest[at:]]
 
 
 @rule("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")

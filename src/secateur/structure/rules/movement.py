@@ -148,7 +148,7 @@ def cat(call: OpCall) -> None:
     """The joined dim is the sum of its segments; the other dims are equal."""
     tracer = call.tracer
     tensors = [t for t in call["tensors"] if t.shape != (0,)]
-    position = call.arguments.get("dim", 0) % call.out.dim()
+    position = call["dim"] % call.out.dim()
     dims = list(tracer.dims(tensors[0]))
     for tensor in tensors[1:]:
         for i, dim in enumerate(tracer.dims(tensor)):
@@ -166,7 +166,7 @@ def stack(call: OpCall) -> None:
     for tensor in tensors[1:]:
         for a, b in zip(dims, tracer.dims(tensor), strict=True):
             tracer.unify(a, b)
-    dims.insert(call.arguments.get("dim", 0) % call.out.dim(), leaf(len(tensors), "stacked tensors"))
+    dims.insert(call["dim"] % call.out.dim(), leaf(len(tensors), "stacked tensors"))
     tracer.set(call.out, dims)
 
 
@@ -174,7 +174,7 @@ def stack(call: OpCall) -> None:
 def split_dim(call: OpCall) -> None:
     """The pieces are the segments of the dim."""
     tracer, source, results = call.tracer, call["self"], call.results()
-    position = call.arguments.get("dim", 0) % source.dim()
+    position = call["dim"] % source.dim()
     lengths = [result.shape[position] for result in results]
     pieces = split(tracer.dims(source)[position], lengths, tracer.place())
     written = split_sizes(tracer.call, lengths)
@@ -192,7 +192,7 @@ def split_dim(call: OpCall) -> None:
 def slice_dim(call: OpCall) -> None:
     """A slice is the middle one of three segments."""
     tracer, source = call.tracer, call["self"]
-    position, step = call.arguments.get("dim", 0) % source.dim(), call.arguments.get("step", 1)
+    position, step = call["dim"] % source.dim(), call["step"]
     size, length = source.shape[position], call.out.shape[position]
     dims = list(tracer.dims(source))
     if length != size:
@@ -225,7 +225,7 @@ def select(call: OpCall) -> None:
 @rule("unbind")
 def unbind(call: OpCall) -> None:
     """Unpacking drops a dim, which cannot be cut."""
-    _drop(call, call.arguments.get("dim", 0))
+    _drop(call, call["dim"])
 
 
 def _drop(call: OpCall, position: int) -> None:

@@ -60,7 +60,7 @@ def _written_size(call: OpCall, index: int, size: int) -> Expression:
 def weight_norm(call: OpCall) -> None:
     """Each slice of v along `dim` is divided by its norm, which runs over the other dims, and multiplied by g."""
     tracer, v, g = call.tracer, call["v"], call["g"]
-    position = call.arguments.get("dim", 0) % v.dim()
+    position = call["dim"] % v.dim()
     dims = tracer.dims(v)
     for own, dim in zip(tracer.dims(g), dims, strict=True):
         if own.size > 1:
@@ -81,7 +81,7 @@ def group_norm(call: OpCall) -> None:
     for name in ("weight", "bias"):
         if call.arguments.get(name) is not None:
             tracer.unify(tracer.dims(call[name])[0], tracer.dims(x)[1])
-    tracer.consume("input", x, [1])
+    tracer.consume("input", x, range(1, x.dim()))
     _set_first(call, x)
 
 
@@ -163,7 +163,7 @@ def softmax(call: OpCall) -> None:
 def ordered(call: OpCall) -> None:
     """The result depends on which index is which: that dim is frozen."""
     tracer, x = call.tracer, call["self"]
-    asked = call.arguments.get("dim", -1 if call.name in ("topk", "sort", "argsort", "median") else None)
+    asked = call.arguments.get("dim")
     positions = _positions(asked, x)
     dims = tracer.dims(x)
     tracer.freeze([dims[p] for p in positions], f"{call.name} depends on the order")
