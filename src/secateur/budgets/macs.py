@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import singledispatch
 
 from secateur.core.units import Cost, LinearCost, Units
@@ -11,6 +10,7 @@ from secateur.measure.profile import count_macs
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.depth import DepthUnits
 from secateur.parts.granularity.weight import WeightUnits
+from secateur.structure.cost import ProductCost
 
 
 @singledispatch
@@ -21,12 +21,7 @@ def macs_cost(units: Units) -> Cost:
 
 @macs_cost.register
 def _(units: ChannelUnits) -> Cost:
-    structure = units.structure
-
-    def cost(counts: Mapping[str, int]) -> float:
-        return structure.macs(counts)
-
-    return cost
+    return ProductCost(units.structure, ((1, dims) for dims in units.structure.multiply_adds))
 
 
 @macs_cost.register

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import singledispatch
-from math import prod
 
 from secateur.core.units import Cost, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.depth import DepthUnits
-from secateur.structure.dims import size_under
+from secateur.structure.cost import ProductCost
 from secateur.structure.inputs import state_of
 
 
@@ -27,14 +25,7 @@ def bytes_cost(units: Units) -> Cost:
 def _(units: ChannelUnits) -> Cost:
     structure = units.structure
     item_sizes = {name: tensor.element_size() for name, tensor in state_of(units.model).items()}
-
-    def cost(counts: Mapping[str, int]) -> float:
-        sizes = structure.sizes(counts)
-        return sum(
-            item_sizes[name] * prod(size_under(dim, sizes) for dim in dims) for name, dims in structure.tensors.items()
-        )
-
-    return cost
+    return ProductCost(structure, ((item_sizes[name], dims) for name, dims in structure.tensors.items()))
 
 
 @bytes_cost.register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import singledispatch
 
 from secateur.core.units import Cost, LinearCost, Units
@@ -10,6 +9,7 @@ from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.depth import DepthUnits
 from secateur.parts.granularity.weight import WeightUnits
+from secateur.structure.cost import ProductCost
 
 
 def units_cost(units: Units) -> Cost:
@@ -26,11 +26,7 @@ def params_cost(units: Units) -> Cost:
 @params_cost.register
 def _(units: ChannelUnits) -> Cost:
     structure = units.structure
-
-    def cost(counts: Mapping[str, int]) -> float:
-        return structure.params(counts)
-
-    return cost
+    return ProductCost(structure, ((1, structure.tensors[name]) for name in structure.parameters))
 
 
 @params_cost.register

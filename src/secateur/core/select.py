@@ -185,8 +185,7 @@ def _in_events(groups: tuple[str, ...], limits: Limits) -> tuple[int, int]:
 def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:
     """Return each event's amount so that every class takes its own amounts in their own order."""
     result = torch.empty(index.numel(), dtype=torch.long)
-    for i, amount in enumerate(amounts):
-        result[index == i] = amount.cpu()
+    result[index.sort(stable=True).indices] = torch.cat(amounts).cpu()
     return result
 
 

@@ -76,6 +76,9 @@ class Dim:
 
 UNIT_REASON = "size 1"
 
+MOST_REASONS = 8
+"""Further reasons say nothing new: an axis that all layers share would collect one from each."""
+
 
 def leaf(size: int, reason: str = "") -> Dim:
     """Return a new axis of `size` indices, frozen at once if a reason is given."""
@@ -137,7 +140,7 @@ def leaves(dim: Dim) -> Iterator[Dim]:
 def freeze(dim: Dim, reason: str) -> None:
     """Freeze every leaf below `dim`; the first reason is the one that is shown first."""
     for node in leaves(dim):
-        if reason not in node.reasons:
+        if len(node.reasons) < MOST_REASONS and reason not in node.reasons:
             node.reasons.append(reason)
 
 
