@@ -92,19 +92,20 @@ def survivors(dense: nn.Module, small: nn.Module) -> Entries:
 
 
 def _entries(name: str, tensor: Tensor, part: Tensor) -> tuple[Tensor, ...]:
-    if part.shape == tensor.shape and torch.equal(part, tensor):
-        return tuple(torch.arange(size) for size in tensor.shape)
-    values, order = tensor.flatten().sort()
-    found = torch.searchsorted(values, part.flatten()).clamp(max=values.numel() - 1)
-    if part.dim() != tensor.dim() or part.numel() == 0 or not torch.equal(values[found], part.flatten()):
+    """Find one entry, then the lines through it along each dim; the rest must follow."""
+    place = torch.tensor([]) if part.numel() == 0 else (tensor == part.flatten()[0]).nonzero()
+    if part.dim() != tensor.dim() or len(place) != 1:
         raise ForeignTensor(f"{name} of shape {tuple(part.shape)} holds other values than the dense tensor")
-    grid = [c.view(part.shape) for c in torch.unravel_index(order[found], tensor.shape)]
-    indices = []
-    for position, coordinates in enumerate(grid):
-        along = coordinates.movedim(position, 0).reshape(part.shape[position], -1)
-        if not bool((along == along[:, :1]).all()):
-            raise ForeignTensor(f"{name} of shape {tuple(part.shape)} is no slice of the dense tensor")
-        indices.append(along[:, 0])
+    origin = place[0].tolist()
+    indices, slice_ = [], tensor
+    for position in range(tensor.dim()):
+        line = tensor[tuple(slice(None) if i == position else c for i, c in enumerate(origin))]
+        own = part[tuple(slice(None) if i == position else 0 for i in range(part.dim()))]
+        values, order = line.sort()
+        indices.append(order[torch.searchsorted(values, own.contiguous()).clamp(max=len(values) - 1)])
+        slice_ = slice_.index_select(position, indices[-1])
+    if not torch.equal(slice_, part):
+        raise ForeignTensor(f"{name} of shape {tuple(part.shape)} is no slice of the dense tensor")
     return tuple(indices)
 
 

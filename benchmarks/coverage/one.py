@@ -16,6 +16,7 @@ import secateur as sc
 from benchmarks.coverage.judge import judge, tag
 from benchmarks.coverage.processes import within
 from benchmarks.coverage.zoo import build
+from secateur.errors import NotApplicable
 from secateur.optional import optional_import
 from secateur.structure.inputs import as_inputs, output_tensors, relative_error
 
@@ -134,9 +135,24 @@ def again(name: str, inputs: Any, folder: Path) -> dict[str, Any]:
                 torch.testing.assert_close(found, saved, rtol=1e-4, atol=1e-5)
         with row.stage("onnx"):
             export(model, inputs, folder / "pruned.onnx")
+    except NotApplicable:
+        row.data["failed"] += (
+            f" (the dense network {'can' if exports(build(name)[0], inputs, folder) else 'cannot, either'})"
+        )
     except Exception:
         return row.data
     return row.data
+
+
+def exports(model: nn.Module, inputs: Any, folder: Path) -> bool:
+    """Return whether a network can be exported to ONNX."""
+    from secateur.deploy import onnx
+
+    try:
+        onnx.export(model, inputs, folder / "dense.onnx")
+    except NotApplicable:
+        return False
+    return True
 
 
 def export(model: nn.Module, inputs: Any, path: Path) -> None:

@@ -59,3 +59,18 @@ def test_what_cannot_be_exported_is_one_clear_error(tmp_path):
         with pytest.raises(NotApplicable, match="export"):
             exporter.export(Branching(), torch.randn(2, 3), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_error_names_the_operation_that_onnx_does_not_have(tmp_path):
+    @torch.library.custom_op("secateur_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+
+    class Custom(nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    with pytest.raises(NotApplicable, match=r"secateur_test\.twice"):
+        onnx.export(Custom(), torch.zeros(2, 3), tmp_path / "m.onnx")

@@ -37,10 +37,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) 
             try:
                 program = _program(model, inputs, dynamic_batch=False)
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-                raise NotApplicable(
-                    f"The model cannot be exported to ONNX: {type(error).__name__}: {reason}"
-                ) from error
+                raise NotApplicable(f"The model cannot be exported to ONNX: {_first_cause(error)}") from error
     with written_atomically(path) as temporary:
         program.save(os.fspath(temporary), external_data=False)
     return Artifact(Path(path), "onnx", Path(path).stat().st_size)
@@ -65,6 +62,14 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:
     return torch.onnx.export(
         model, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
     )
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return what went wrong first; the exporter wraps it in messages about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 @contextmanager
