@@ -236,7 +236,7 @@ def data_of(benchmark: Benchmark) -> str:
     Raises:
         DataUnavailable: The data are not there.
     """
-    return benchmark.task.data or find_task(benchmark.task.name).digest
+    return benchmark.task.data or find_task(benchmark.task.name).splits.digest()
 
 
 def dense_run(run: Run) -> Run:

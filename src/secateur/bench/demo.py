@@ -226,7 +226,7 @@ def _prune(job: Job, task: Task, settings: Settings, on_step: OnStep) -> Outcome
         budget=Budget(macs=job.macs),
         data=task.train_batches(job.seed),
         calibration=list(islice(task.train_batches(job.seed), CALIBRATION_BATCHES)),
-        validation=task.splits.validation.batches(500),
+        validation=task.validation_batches(),
         loss=task.loss,
         precision=task.precision,
         seed=job.seed,

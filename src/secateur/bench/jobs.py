@@ -55,7 +55,7 @@ from secateur.structure.inputs import state_of
 from secateur.tasks import find_task
 from secateur.tasks.reference import load_reference, reference_path, save_reference, train_reference
 from secateur.tasks.task import Task
-from secateur.training.loop import OnStep
+from secateur.training.loop import History, OnStep
 
 NOT_THE_METHODS_FAULT = (OSError, MemoryError, ImportError, InvalidFile)
 """A full disk, missing data or a missing package say nothing about a method: no record, the job is still to be done."""
@@ -154,6 +154,8 @@ def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tupl
     It is trained by whoever comes first; others wait for it. A training that was interrupted goes on where it was.
     """
     task, dense = find_task(run.task), dense_run(run)
+    if task.digest is None and task.splits.digest() != run.data:
+        raise InvalidFile(f"The data of task {run.task!r} have changed since {run.label} was planned.")
     if run.reference == "packaged":
         facts = json.loads(reference_path(task, run.network).with_suffix(".json").read_text(encoding="utf-8"))
         return load_reference(task, run.network), facts
@@ -162,18 +164,24 @@ def reference(run: Run, place: Workplace, on_step: OnStep | None = None) -> tupl
     with _alone(path.with_suffix(".lock")):
         if not told.is_file():
             checkpoint = path.with_suffix(".checkpoint")
-            model, facts = train_reference(
-                task,
-                run.network,
-                seed=run.seed,
-                settings=FineTune.parse(run.training),
-                checkpoint=checkpoint,
-                on_step=on_step,
-            )
+            if run.reference == "pretrained":
+                model, facts = _pretrained(run, task)
+            else:
+                settings = FineTune.parse(run.training)
+                model, facts = train_reference(
+                    task, run.network, seed=run.seed, settings=settings, checkpoint=checkpoint, on_step=on_step
+                )
             save_reference(model, {**facts, "code": _own_code().model_dump()}, path)
             checkpoint.unlink(missing_ok=True)
     facts = json.loads(told.read_text(encoding="utf-8"))
     return safetensors.read(path, lambda: task.build(run.network)), facts
+
+
+def _pretrained(run: Run, task: Task) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network with the weights that its library brings, measured as it is."""
+    model = task.pretrained(run.network).eval()
+    facts = {"test_accuracy": task.test_accuracy(model), "validation_accuracy": task.validation_accuracy(model)}
+    return model, {**facts, "history": []}
 
 
 # -------------------------------------------------------------------------------------------------- measurements
@@ -197,7 +205,7 @@ def _measure_dense(
         sparsity=0.0,
         effective_sparsity=0.0,
         samples_scored=0,
-        training=_training(task, int(facts["history"][-1]["step"]), size.macs),
+        training=_training(task, facts["history"], size.macs),
         proof=None,
         widths={},
         history=facts["history"],
@@ -236,7 +244,7 @@ def _measure_pruned(
         sparsity=1 - after.nonzero_params / pruned.before.params,
         effective_sparsity=_effective_sparsity(pruned),
         samples_scored=sum(r.samples_used for r in pruned.rounds),
-        training=_training(task, int(pruned.history[-1]["step"]) if pruned.history else 0, after.macs),
+        training=_training(task, pruned.history, after.macs),
         proof=max((proof.max_error for proof in pruned.proofs), default=None),
         widths={name: (axis.size, len(axis.kept)) for name, axis in plan.axes.items()},
         history=pruned.history,
@@ -327,7 +335,8 @@ def share(value: float, n: int) -> Metric:
     return Metric(value=value, low=min(value, max(0.0, center - half)), high=max(value, center + half), n=n)
 
 
-def _training(task: Task, steps: int, macs: int) -> Training:
+def _training(task: Task, history: History, macs: int) -> Training:
+    steps = int(history[-1]["step"]) if history else 0
     epochs = steps / len(task.train_batches())
     samples = round(epochs * len(task.splits.train.targets))
     return Training(steps=steps, samples=samples, macs=samples * macs)
@@ -390,7 +399,7 @@ def _own_code() -> Code:
 def _code(own: Code, run: Run, place: Workplace) -> Code:
     """Return which code made a run: for a dense reference the one that trained it; clean only if that was clean too."""
     told = place.network(dense_run(run)).with_suffix(".json")
-    if run.reference != "trained" or not told.is_file():
+    if run.reference == "packaged" or not told.is_file():
         return own
     theirs = Code(**json.loads(told.read_text(encoding="utf-8"))["code"])
     return theirs if run.role == "dense" else own.model_copy(update={"clean": own.clean and theirs.clean})

@@ -145,7 +145,7 @@ def subject_of(run: RunFile) -> dict[str, Any]:
             "model": load_reference(task, run.network),
             "example": task.example(),
             "train": task.train_batches(run.seed),
-            "validation": task.splits.validation.batches(500),
+            "validation": task.validation_batches(),
             "test": task.test_accuracy,
             "loss": task.loss,
         }

@@ -10,7 +10,7 @@ from secateur.errors import UnknownName
 if TYPE_CHECKING:
     from secateur.tasks.task import Task
 
-TASKS = ("digits", "fashion-mnist")
+TASKS = ("digits", "fashion-mnist", "imagefolder")
 
 
 def find_task(name: str) -> Task:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.slots import Precision
-from secateur.errors import InvalidFile, UnknownName
+from secateur.errors import InvalidFile, MissingCheckpoint, UnknownName
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks.networks import build_network
 from secateur.training.data import Augment, TensorBatches
 from secateur.training.loop import accuracy
+
+
+class SizedData(Protocol):
+    """Batches of which the number is known."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in one pass."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches (inputs, targets)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Split:
 
     def batches(
         self, batch_size: int, shuffle: bool = False, seed: int = 0, augment: Augment | None = None
-    ) -> TensorBatches:
+    ) -> SizedData:
         """Return the split as batches."""
         return TensorBatches(self.inputs, self.targets, batch_size, shuffle, seed, augment)
 
@@ -59,7 +70,7 @@ class Task:
         version: Raised when any figure would change.
         title: In words.
         load: Returns the splits; inputs are float32 of shape (n, channels, size, size).
-        digest: The hash that the splits must have.
+        digest: The hash that the splits must have; None for data of the user's own.
         size: Height and width of the inputs.
         networks: Network name -> width.
         default_network: The first choice.
@@ -74,7 +85,7 @@ class Task:
     version: int
     title: str
     load: Callable[[], Splits]
-    digest: str
+    digest: str | None
     size: int
     networks: dict[str, int]
     default_network: str
@@ -98,7 +109,7 @@ class Task:
         """
         splits = self.load()
         found = splits.digest()
-        if found != self.digest:
+        if self.digest not in (found, None):
             raise InvalidFile(
                 f"The data of task {self.name!r} have hash {found}; version {self.version} has {self.digest}."
             )
@@ -115,6 +126,14 @@ class Task:
             raise UnknownName(f"network of task {self.name!r}", network, self.networks)
         return build_network(network, self.networks[network], self.size)
 
+    def pretrained(self, network: str) -> nn.Module:
+        """Return a network with weights that its library brings.
+
+        Raises:
+            MissingCheckpoint: The task's networks have none.
+        """
+        raise MissingCheckpoint(f"The networks of task {self.name!r} have no pretrained weights; train {network!r}.")
+
     def training_of(self, network: str) -> FineTune:
         """Return the training settings of a network's reference."""
         return self.training.get(network, self.training["default"])
@@ -123,11 +142,11 @@ class Task:
         """Return one input, as a batch of one."""
         return self.splits.train.inputs[:1]
 
-    def train_batches(self, seed: int = 0) -> TensorBatches:
+    def train_batches(self, seed: int = 0) -> SizedData:
         """Return shuffled, augmented training batches."""
         return self.splits.train.batches(self.batch_size, shuffle=True, seed=seed, augment=self.augment)
 
-    def validation_batches(self) -> TensorBatches:
+    def validation_batches(self) -> SizedData:
         """Return the validation split in batches."""
         return self.splits.validation.batches(500)
 
