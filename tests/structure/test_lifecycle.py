@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InvalidInputs
-from secateur.structure.inputs import aliases_of, output_tensors
+from secateur.errors import InvalidInputs, NothingPrunable
+from secateur.structure.inputs import Inputs, aliases_of, output_tensors, redrawn
 from secateur.structure.surgery import copied
 
 
@@ -220,3 +220,111 @@ def test_inputs_that_do_not_fit_give_one_clear_error(args, kwargs):
 def test_inputs_without_a_tensor_give_one_clear_error(inputs):
     with pytest.raises(InvalidInputs, match="hold no tensor"):
         sc.prune(TupleInTupleOut(), inputs, granularity="channel", budget=sc.Budget(params=0.5))
+
+
+# ------------------------------------------------------------------------------------ paths that depend on the values
+
+
+class Branches(nn.Module):
+    """The sum of the inputs decides which layer is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 32), nn.Linear(32, 3)
+        self.hot, self.cold = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        h = F.relu(self.stem(x))
+        return self.head(F.relu(self.hot(h) if x.sum() > 0 else self.cold(h)))
+
+
+class Rare(Branches):
+    """No input that anyone would try takes the other branch."""
+
+    def forward(self, x):
+        h = F.relu(self.stem(x))
+        return self.head(F.relu(self.cold(h) if x[0, 0].item() == 12.0 else self.hot(h)))
+
+
+class Listed(Rare):
+    """The same, with values that leave PyTorch as a list."""
+
+    def forward(self, x):
+        h = F.relu(self.stem(x))
+        return self.head(F.relu(self.cold(h) if x.tolist()[0][0] == 12.0 else self.hot(h)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_both_sides_of_a_branch_follow_the_cut(sign, tmp_path):
+    model, x = Branches().eval(), sign * torch.rand(4, 6)
+    structure = sc.trace(model, x)
+    assert {("hot.weight", 1), ("cold.weight", 1), ("head.weight", 1)} <= {
+        member for axis in structure.prunable for member in axis.members
+    }
+    pruned = sc.prune(model, x, granularity="channel", budget=sc.Budget(params=0.6))
+    optimizer = torch.optim.SGD(pruned.model.parameters(), lr=0.1)
+    sc.save(pruned, tmp_path / "m.safetensors")
+    loaded = sc.load(tmp_path / "m.safetensors", build=Branches)
+    for other in (x, -x):
+        y = pruned.model(other)
+        assert y.shape == (4, 3) and torch.equal(y, loaded(other))
+        y.square().mean().backward()
+    optimizer.step()
+    assert all(p.grad is not None for p in pruned.model.parameters())
+
+
+@pytest.mark.parametrize("make", [Rare, Listed])
+def test_what_no_run_has_used_freezes_all_that_it_may_meet(make):
+    model, x = make().eval(), torch.randn(4, 6)
+    structure = sc.trace(model, x)
+    assert not structure.prunable and "which no run has used, may meet it" in structure.axis("stem").reason
+    with pytest.raises(NothingPrunable, match="the path depends on values"):
+        sc.prune(model, x, granularity="channel", budget=sc.Budget(params=0.6))
+
+
+def test_unused_parameters_alone_freeze_nothing_else():
+    class Unused(Branches):
+        def forward(self, x):
+            return self.head(F.relu(self.hot(F.relu(self.stem(x)))))
+
+    assert {axis.name for axis in sc.trace(Unused(), X).prunable} == {"stem", "hot"}
+
+
+def test_experts_that_the_example_does_not_reach_keep_working():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.gate, self.head = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            h = F.relu(self.stem(x))
+            best = self.gate(h).argmax(-1)
+            out = torch.zeros_like(h)
+            for expert in best.unique().tolist():
+                rows = (best == expert).nonzero()[:, 0]
+                out = out.index_add(0, rows, self.experts[expert](h[rows]))
+            return self.head(h + out)
+
+    model, x = Experts().eval(), torch.randn(1, 6)
+    structure = sc.trace(model, x)
+    stream = next(axis for axis in structure.axes if ("stem.weight", 0) in axis.members)
+    reached = {name for name, _ in stream.members}
+    assert not stream.prunable or {f"experts.{i}.weight" for i in range(4)} <= reached
+
+
+def test_tracing_leaves_no_hook_behind():
+    sc.trace(TupleInTupleOut(), (X, Y))
+    left = {name for name, value in vars(torch.nn.modules.module).items() if name.startswith("_global") and value}
+    assert left == set()
+
+
+def test_redrawn_inputs_are_of_the_same_kind():
+    inputs = Inputs((torch.randn(3, 2, dtype=torch.float64), {"ids": torch.arange(12).view(3, 4)}), {"flag": True})
+    for seed in range(3):
+        other = redrawn(inputs, seed)
+        assert other.args[0].shape == (3, 2) and other.args[0].dtype == torch.float64
+        assert not torch.equal(other.args[0], inputs.args[0]) and other.kwargs == {"flag": True}
+        ids = other.args[1]["ids"]
+        assert ids.shape == (3, 4) and torch.equal(ids.flatten().sort().values, torch.arange(12))
+        assert torch.equal(redrawn(inputs, seed).args[0], other.args[0])

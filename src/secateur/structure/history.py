@@ -107,6 +107,11 @@ class History:
         """Return a call and all calls that are parts of it."""
         return self.calls[call.number : call.last + 1]
 
+    def depends_on_inputs(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is an input of the run, or was computed from one."""
+        number = self._value_of.get(tensor)
+        return number is not None and any(self.values[n].operation == -1 for n in self.before(number))
+
     def before(self, number: int) -> Iterator[int]:
         """Yield a value and all that it was computed from, latest first."""
         waiting, seen = [-number], {number}

@@ -59,6 +59,26 @@ def as_inputs(example_inputs: Any, example_kwargs: Mapping[str, Any] | None = No
     return inputs
 
 
+def redrawn(inputs: Inputs, seed: int) -> Inputs:
+    """Return other inputs of the same shapes: real numbers drawn anew, integers and truth values in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return shuffled(value, seed) if isinstance(value, Tensor) else value
+        scale = max(1.0, value.abs().max().item()) if value.numel() else 1.0
+        drawn = scale * (torch.randn(value.shape, generator=generator) + seed % 3 - 1)
+        return drawn.to(value.device, value.dtype)
+
+    return Inputs(tree_map(draw, inputs.args), tree_map(draw, dict(inputs.kwargs)))
+
+
+def shuffled(tensor: Tensor, seed: int) -> Tensor:
+    """Return the entries of a tensor in a random order that depends on the seed."""
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(seed))
+    return tensor.flatten()[order.to(tensor.device)].view(tensor.shape)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; modes, attributes of modules and random states are restored.

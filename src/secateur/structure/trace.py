@@ -14,7 +14,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +32,8 @@ from secateur.structure.inputs import (
     as_inputs,
     call_with_state,
     output_tensors,
+    redrawn,
+    shuffled,
     state_of,
     undisturbed,
 )
@@ -38,6 +44,12 @@ from secateur.structure.solve import solve
 from secateur.structure.structure import Structure
 from secateur.structure.tracer import OpCall, Tracer
 from secateur.structure.weightless import KnownValues, weightless
+
+OTHER_RUNS = 16
+"""How many are tried to reach parameters that the example inputs do not reach, where the path depends on values."""
+
+# Operations whose results let Python code take one path or another.
+_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive"}
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Structure:
@@ -69,8 +81,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
             output = call_with_state(model, state, given)
         results = output_tensors(output)
-        if dict(model.named_parameters()).keys() - tracer.used:
-            results += _trace_training(model, tracer, state, given)
+        results += _trace_other_paths(model, tracer, state, given, tensors)
         if not results:
             raise InvalidInputs(
                 f"The model's output ({type(output).__name__}) holds no tensor that secateur can find, so no cut could "
@@ -79,9 +90,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         for tensor in results:
             for dim in tracer.dims(tensor):
                 freeze(dim, "output")
-        for name in dict(model.named_parameters()).keys() - tracer.used:
-            for dim in tensors[name]:
-                freeze(dim, "not used in the traced call")
+        _freeze_unused(_unused(model, tracer), tracer, tensors)
     return solve(model, tracer, tensors, inputs)
 
 
@@ -113,19 +122,70 @@ def _follow_aliases(
             freeze(dim, f"{name} lies in the memory of {owner}, in another shape")
 
 
-def _trace_training(model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
-    """Let a run in training mode speak too, and return its outputs: auxiliary heads and mask tokens work only there.
+def _unused(model: nn.Module, tracer: Tracer) -> list[str]:
+    return [name for name, _ in model.named_parameters() if name not in tracer.used]
 
-    What such a run computes is neither a cost nor a place where units are consumed; if it fails, it says nothing.
+
+def _trace_other_paths(
+    model: nn.Module,
+    tracer: Tracer,
+    state: Mapping[str, Tensor],
+    inputs: Inputs,
+    tensors: Mapping[str, list[Dim]],
+) -> list[Tensor]:
+    """Let other runs speak too while parameters are unused, and return their outputs.
+
+    Auxiliary heads and mask tokens work in training mode only; where the code looks at values, other inputs and other
+    weights may take other branches and other experts.
     """
-    listener = tracer.in_training()
+    results = []
+    if _unused(model, tracer):
+        results += _trace_again(model, tracer, state, inputs, training=True)
+    without_values = any(parameter.is_meta for parameter in model.parameters())
+    for seed in range(OTHER_RUNS):
+        if without_values or not tracer.reads_data or not _unused(model, tracer):
+            break
+        other = dict(state)
+        for name, parameter in model.named_parameters():
+            other[name] = shuffled(parameter.detach(), seed)
+            tracer.set(other[name], tensors[name])
+            tracer.parameter_of[other[name]] = name
+        results += _trace_again(model, tracer, other, redrawn(inputs, seed), training=False)
+    return results
+
+
+def _trace_again(
+    model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs, training: bool
+) -> list[Tensor]:
+    """Let one more run speak.
+
+    What it computes is neither a cost nor a place where units are consumed; if it fails, it says nothing.
+    """
+    listener = tracer.listener(training)
     with undisturbed(model):
-        model.train()
+        model.train(training)
+        for tensor in inputs.tensors():
+            listener.fresh(tensor, "input")
         try:
             with _followed(model, listener), _FunctionMode(listener), _OperationMode(listener):
                 return output_tensors(call_with_state(model, state, inputs))
         except InvalidInputs:
             return []
+
+
+def _freeze_unused(unused: list[str], tracer: Tracer, tensors: Mapping[str, list[Dim]]) -> None:
+    """Freeze parameters that no run has used, and, if the path depends on data, all that they could meet on another."""
+    sizes: dict[int, str] = {}
+    for name in unused:
+        for dim in tensors[name]:
+            freeze(dim, "not used in the traced call")
+            sizes.setdefault(dim.size, name)
+    if not tracer.reads_data:
+        return
+    for name in tensors.keys() - unused:
+        for dim in tensors[name]:
+            if dim.size > 1 and dim.size in sizes:
+                freeze(dim, f"{sizes[dim.size]}, which no run has used, may meet it: the path depends on values")
 
 
 class _OperationMode(TorchDispatchMode):
@@ -141,6 +201,8 @@ class _OperationMode(TorchDispatchMode):
         self.tracer.operations.append(name)
         call = OpCall(self.tracer, name, bind(func, args, kwargs or {}), result)
         self.tracer.use(call.tensors())
+        if name in _READS:
+            self.tracer.read_data(call.tensors())
         apply_rule(call)
         self.tracer.remember(call)
         return result
@@ -158,6 +220,8 @@ class _FunctionMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if getattr(func, "__self__", None) is torch.Tensor.shape or name in ("size", "numel"):
             return self._read_size(func(*args, **kwargs), args[0], args[1:] or tuple(kwargs.values()))
+        if name in ("tolist", "numpy"):
+            self.tracer.read_data(args[:1])
         call = FunctionCall(name, args, kwargs)
         self.tracer.calls.append(call)
         try:
@@ -200,6 +264,8 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
             # Otherwise a Python function such as F.multi_head_attention_forward arrives as one opaque call.
             stack.enter_context(patch.object(torch.nn.functional, name, lambda *_: False))
         stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+        handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+        stack.callback(_global_forward_hooks_with_kwargs.pop, handle.id)  # `remove` leaves it there in PyTorch 2.13
+        stack.callback(handle.remove)
         stack.enter_context(traced_attributes(model, tracer.read_value))
         yield

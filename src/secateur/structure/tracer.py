@@ -71,10 +71,11 @@ class Tracer:
     modules: list[str] = field(default_factory=list)
     used: dict[str, None] = field(default_factory=dict)
     training: bool = False
+    reads_data: bool = False
     orders: Iterator[int] = field(default_factory=count)
 
-    def in_training(self) -> Tracer:
-        """Return a tracer for a second run: it adds equations and uses, but no operations, costs or consumers."""
+    def listener(self, training: bool) -> Tracer:
+        """Return a tracer for another run: it adds equations and uses, but no operations, costs or consumers."""
         return replace(
             self,
             operations=[],
@@ -86,7 +87,7 @@ class Tracer:
             consumers=defaultdict(list),
             calls=[],
             modules=[],
-            training=True,
+            training=training,
         )
 
     # ------------------------------------------------------------------------------------------ where we are
@@ -144,6 +145,10 @@ class Tracer:
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Record which parameters and buffers take part in the run."""
         self.used.update((self.parameter_of[t], None) for t in tensors if t in self.parameter_of)
+
+    def read_data(self, tensors: Iterable[Tensor]) -> None:
+        """Record that the model's code looks at values; what they come from decides whether its path may vary."""
+        self.reads_data = self.reads_data or any(map(self.history.depends_on_inputs, tensors))
 
     # -------------------------------------------------------------------------------------------- equations
 
