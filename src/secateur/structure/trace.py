@@ -255,9 +255,10 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         tracer.modules.append(names.get(module, type(module).__name__))
         tracer.history.enter(tracer.modules[-1])
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, *rest: Any) -> None:
+        *kwargs, output = rest  # PyTorch leaves the keyword arguments out after an exception
         tracer.modules.pop()
-        tracer.history.leave((*args, *kwargs.values()), output)
+        tracer.history.leave((*args, *(value for given in kwargs for value in given.values())), output)
 
     with ExitStack() as stack:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
