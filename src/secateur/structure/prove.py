@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> tuple[Verification, Structure]:
     """Return the proof of a cut; if it fails, also the structure with the axes frozen that are to blame."""
-    proof = prove_cut(model, structure, kept, seed)
+    errors = _cut_errors(model, structure, kept, seed)
+    proof = _judged(errors)
     if proof.ok:
         return proof, structure
     cut = [name for name, mask in kept.items() if not bool(mask.all())]
     whole = {name: torch.ones_like(mask) for name, mask in kept.items()}
 
-    def fails(names: list[str]) -> bool:
-        return not prove_cut(model, structure, {**whole, **{name: kept[name] for name in names}}, seed).ok
+    def cut_of(names: list[str]) -> Kept:
+        return {**whole, **{name: kept[name] for name in names}}
 
-    failed = _culprits(_with_ties(structure, cut), fails)
+    failed = _Search(model, structure, cut_of, seed, errors).culprits(_with_ties(structure, cut))
     return proof, structure.frozen(dict.fromkeys(failed, "a cut could not be proved equal to the masked network"))
 
 
@@ -39,28 +41,43 @@ def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0)
 
     Runs in float32, and once more in float64, because some networks amplify rounding. `model` is left as it was.
     """
+    return _judged(_cut_errors(model, structure, kept, seed))
+
+
+Errors = Mapping[torch.dtype, float]
+"""The error of a cut in each type that was tried, in that order; the last one decides."""
+
+
+def _judged(errors: Errors) -> Verification:
+    dtype, error = list(errors.items())[-1]
+    return Verification(error, ok=error <= TOLERANCE[dtype])
+
+
+def _cut_errors(
+    model: nn.Module, structure: Structure, kept: Kept, seed: int, dtypes: Sequence[torch.dtype] = ()
+) -> Errors:
+    """Return the error in each type, up to the first that proves the cut or shows that the network does not run."""
+    dtypes = dtypes or proof_dtypes(model)
+    errors: dict[torch.dtype, float] = {}
     plan = make_plan(structure, kept)
     small = skeleton(model)
     try:
         apply_plan(small, plan)
     except PlanMismatch:
-        return Verification(float("inf"), ok=False)
-    error = float("inf")
-    for dtype in proof_dtypes(model):
+        return {dtypes[0]: float("inf")}
+    for dtype in dtypes:
         with undisturbed(model), undisturbed(small):
             state = redraw(model, structure, dtype, seed)
             inputs = structure.inputs.to(dtype)
             try:
                 found = call_with_state(small, plan.slice_state(state), inputs)
                 expected = run_masked(model, structure, kept, state, inputs)
+                errors[dtype] = relative_error(found, expected)
             except SecateurError:
-                return Verification(float("inf"), ok=False)
-        error = relative_error(found, expected)
-        if error <= TOLERANCE[dtype]:
-            return Verification(error, ok=True)
-        if error == float("inf"):
+                errors[dtype] = float("inf")
+        if errors[dtype] <= TOLERANCE[dtype] or errors[dtype] == float("inf"):
             break
-    return Verification(error, ok=False)
+    return errors
 
 
 def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
@@ -73,23 +90,42 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
     verification = structure.verify(model, seed)
     reason = verification.reason or "permuting it changed the output"
     structure = structure.frozen(dict.fromkeys(verification.failed, reason))
-
-    def fails(names: list[str]) -> bool:
-        return not prove_cut(model, structure, half_of_each(structure, names, seed), seed).ok
-
-    failed = _culprits(_with_ties(structure, [axis.name for axis in structure.prunable]), fails)
+    failed = _unproved(
+        model,
+        structure,
+        lambda names: half_of_each(structure, names, seed),
+        _with_ties(structure, [axis.name for axis in structure.prunable]),
+        seed,
+    )
     return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
 
 
 def proved_depth(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
     """Return the structure of `model` with every residual branch frozen that cannot be dropped with proof."""
     structure = trace(model, example_inputs)
-
-    def fails(names: list[str]) -> bool:
-        return not prove_cut(model, structure, {name: torch.zeros(1, dtype=torch.bool) for name in names}, seed).ok
-
-    failed = _culprits([(branch.name,) for branch in structure.branches if branch.prunable], fails)
+    failed = _unproved(
+        model,
+        structure,
+        lambda names: {name: torch.zeros(1, dtype=torch.bool) for name in names},
+        [(branch.name,) for branch in structure.branches if branch.prunable],
+        seed,
+    )
     return structure.frozen(dict.fromkeys(failed, "dropping it could not be proved equal to the masked network"))
+
+
+def _unproved(
+    model: nn.Module,
+    structure: Structure,
+    cut_of: Callable[[list[str]], Kept],
+    classes: list[tuple[str, ...]],
+    seed: int,
+) -> list[str]:
+    """Return the axes (or branches) whose cut cannot be proved; none if they can be cut all at once."""
+    names = [name for members in classes for name in members]
+    if not names:
+        return []
+    errors = _cut_errors(model, structure, cut_of(names), seed)
+    return [] if _judged(errors).ok else _Search(model, structure, cut_of, seed, errors).culprits(classes)
 
 
 def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:
@@ -99,15 +135,42 @@ def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:
     return [*ties, *((name,) for name in names if name not in tied)]
 
 
-def _culprits(classes: list[tuple[str, ...]], fails: Callable[[list[str]], bool]) -> list[str]:
-    """Return the axes whose cut fails: all at once first, then halves until each culprit stands alone."""
-    names = [name for members in classes for name in members]
-    if not names or not fails(names):
-        return []
-    if len(classes) == 1:
-        return names
-    middle = len(classes) // 2
-    return _culprits(classes[:middle], fails) + _culprits(classes[middle:], fails) or names
+class _Search:
+    """Finds out which classes of a cut that failed are to blame, by cutting halves of them.
+
+    Where float32 and float64 have found the same error of the whole cut, rounding plays no part in it, and float32
+    alone judges groups. What is frozen in the end has failed in both.
+    """
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, cut_of: Callable[[list[str]], Kept], seed: int, errors: Errors
+    ) -> None:
+        self.model, self.structure, self.cut_of, self.seed = model, structure, cut_of, seed
+        agree = len(errors) == 2 and min(errors.values()) > 0.9 * max(errors.values())
+        self.quick = (torch.float32,) if agree else ()
+
+    def culprits(self, classes: list[tuple[str, ...]]) -> list[str]:
+        """Return the names in those of `classes` that fail; together they are known to fail."""
+        return self._culprits(sorted(classes, key=_kind))  # layers repeat, and so do their culprits: side by side
+
+    def _culprits(self, classes: list[tuple[str, ...]]) -> list[str]:
+        names = [name for members in classes for name in members]
+        if len(classes) == 1:
+            return names
+        middle = len(classes) // 2
+        found = []
+        for half in (classes[:middle], classes[middle:]):
+            if self._fails([name for members in half for name in members], () if len(half) == 1 else self.quick):
+                found += self._culprits(half)
+        return found or (names if self._fails(names, ()) else [])  # only together: none of them can be trusted
+
+    def _fails(self, names: list[str], dtypes: Sequence[torch.dtype]) -> bool:
+        return not _judged(_cut_errors(self.model, self.structure, self.cut_of(names), self.seed, dtypes)).ok
+
+
+def _kind(members: tuple[str, ...]) -> str:
+    """Return the name of a class without the numbers of its layer."""
+    return re.sub(r"\d+", "", members[0])
 
 
 def half_of_each(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:

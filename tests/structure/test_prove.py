@@ -1,0 +1,89 @@
+"""The search for what is to blame for a cut that could not be proved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.structure import prove
+from secateur.structure.prove import proved_keep, proved_structure
+
+BAD = {"3.conv[groups]", "5.conv[groups]", "7.conv[groups]"}
+CLASSES = [(f"{i}.{kind}",) for i in range(10) for kind in ("conv[groups]", "conv", "norm")]
+WIDE, NARROW = torch.float64, torch.float32
+
+
+def search(monkeypatch, errors_of):
+    """Return the culprits among `CLASSES` if cuts have the errors `errors_of(names, dtype)`, and the tries."""
+    tries = []
+
+    def errors(model, structure, kept, seed, dtypes=()):
+        tries.append((len(kept), dtypes))
+        found = {}
+        for dtype in dtypes or (NARROW, WIDE):
+            found[dtype] = errors_of(set(kept), dtype)
+            if found[dtype] <= prove.TOLERANCE[dtype]:
+                break
+        return found
+
+    monkeypatch.setattr(prove, "_cut_errors", errors)
+    return prove._unproved(nn.Identity(), None, list, CLASSES, 0), tries
+
+
+def test_culprits_of_one_kind_are_found_in_a_few_cheap_tries(monkeypatch):
+    failed, tries = search(monkeypatch, lambda names, dtype: 0.1 if names & BAD else 1e-12)
+    assert set(failed) == BAD and len(failed) == 3
+    assert len(tries) < 20
+    assert all(dtypes == (NARROW,) for n, dtypes in tries[1:] if n > 1)  # groups: no float64
+
+
+def test_a_network_that_amplifies_rounding_is_judged_in_float64(monkeypatch):
+    failed, tries = search(monkeypatch, lambda names, dtype: 0.4 if dtype == NARROW else 0.01 if names & BAD else 1e-12)
+    assert set(failed) == BAD
+    assert all(dtypes == () for _, dtypes in tries)
+    assert len(tries) < 30
+
+
+def test_nothing_is_frozen_for_what_float32_alone_says(monkeypatch):
+    def errors_of(names, dtype):  # the whole fails alike in both types, parts of it in float32 only
+        return 0.1 if names & BAD or (dtype == NARROW and len(names) > 1) else 1e-12
+
+    assert set(search(monkeypatch, errors_of)[0]) == BAD
+
+
+def test_two_that_fail_only_together_are_both_to_blame(monkeypatch):
+    pair = {"0.conv", "9.norm"}
+    failed, _ = search(monkeypatch, lambda names, dtype: 0.1 if pair <= names else 1e-12)
+    assert pair <= set(failed)
+
+
+def test_nothing_is_searched_where_everything_can_be_cut(monkeypatch):
+    assert search(monkeypatch, lambda names, dtype: 1e-12) == ([], [(len(CLASSES), ())])
+
+
+class Switched(nn.Module):
+    """Its code takes another path when `a` is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = self.b(y.relu() if y.shape[1] > 6 else y.sigmoid())
+        return self.c(y.tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_the_axis_that_changes_the_path_is_frozen(dtype):
+    model = Switched().eval().to(dtype)
+    x = torch.randn(2, 4, dtype=dtype)
+    structure = proved_structure(model, x)
+    assert [axis.name for axis in structure.prunable] == ["b"]
+    free = sc.trace(model, x)
+    proof, left = proved_keep(model, free, {"a": torch.arange(8) < 7, "b": torch.arange(6) < 3})
+    assert proof.ok and left is free  # seven are enough for the same path
+    proof, left = proved_keep(model, free, {"a": torch.arange(8) < 4, "b": torch.arange(6) < 3})
+    assert not proof.ok and [axis.name for axis in left.prunable] == ["b"]
