@@ -19,7 +19,7 @@ TIMM: dict[str, str] = json.loads((Path(__file__).parent / "timm.json").read_tex
 
 SMALL = 128
 """Side of the images for networks that take any size, to save time."""
-SIZES = {"timm:halonet_h1": 256, "torchvision:inception_v3": 299}
+SIZES = {"timm:halonet_h1": 256, "timm:deepseek_vit_412m": 140, "torchvision:inception_v3": 299}
 FIXED_TORCHVISION = ("vit", "maxvit")
 
 
