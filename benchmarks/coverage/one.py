@@ -24,6 +24,7 @@ BUDGET = 0.5
 SECONDS = 600
 """Limit of each stage."""
 ONNX_TOLERANCE = 1e-3
+LOAD_TOLERANCE = 1e-4
 
 
 class Row:
@@ -84,7 +85,7 @@ def _stages(model: nn.Module, inputs: Any, folder: Path, row: Row) -> None:
     with row.stage("save"):
         pruned.model.eval()
         sc.save(pruned, folder / "pruned.safetensors")
-        torch.save(output_tensors(call(pruned.model, inputs)), folder / "outputs.pt")
+        torch.save(exact_outputs(pruned.model, inputs), folder / "outputs.pt")
 
 
 def prunable_share(structure: sc.Structure) -> float:
@@ -106,6 +107,17 @@ def call(model: nn.Module, inputs: Any) -> Any:
     arguments = as_inputs(inputs)
     with torch.no_grad():
         return model(*arguments.args, **arguments.kwargs)
+
+
+def exact_outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """Return the outputs in float64, because some networks with generic weights amplify rounding without limit.
+
+    Code that insists on float32 runs in float32.
+    """
+    try:
+        return output_tensors(call(copy.deepcopy(model).double(), as_inputs(inputs).to(torch.float64)))
+    except RuntimeError:
+        return output_tensors(call(model, inputs))
 
 
 def train_one_step(model: nn.Module, inputs: Any) -> None:
@@ -131,8 +143,9 @@ def again(name: str, inputs: Any, folder: Path) -> dict[str, Any]:
         with row.stage("load"):
             model = sc.load(folder / "pruned.safetensors", build=lambda: build(name)[0])
             expected = torch.load(folder / "outputs.pt")
-            for found, saved in zip(output_tensors(call(model, inputs)), expected, strict=True):
-                torch.testing.assert_close(found, saved, rtol=1e-4, atol=1e-5)
+            error = relative_error(exact_outputs(model, inputs), expected)
+            if error > LOAD_TOLERANCE:
+                raise RuntimeError(f"the loaded network's output differs by {error:.1e}")
         with row.stage("onnx"):
             export(model, inputs, folder / "pruned.onnx")
     except NotApplicable:
