@@ -179,6 +179,8 @@ def export(model: nn.Module, inputs: Any, path: Path) -> None:
     onnx.export(model, inputs, path)
     session = optional_import("onnxruntime", "onnx").InferenceSession(path, providers=["CPUExecutionProvider"])
     found = [torch.from_numpy(array) for array in session.run(None, onnx.feed(path, as_inputs(inputs)))]
-    error = relative_error(found, output_tensors(call(model, inputs)))
-    if error > ONNX_TOLERANCE:
+    ours = output_tensors(call(model, inputs))
+    rounding = relative_error(ours, exact_outputs(model, inputs))  # generic weights can amplify it without limit
+    error = relative_error(found, ours)
+    if error > max(ONNX_TOLERANCE, 10 * rounding):
         raise RuntimeError(f"ONNX Runtime's output differs from PyTorch's by {error:.1e}.")
