@@ -12,7 +12,7 @@ from secateur.structure.carry import Companions, cut_in_place
 from secateur.structure.dropped import Dropped
 from secateur.structure.inputs import relative_error
 from secateur.structure.plan import parse_plan
-from secateur.structure.prove import prove_cut, proved_depth
+from secateur.structure.prove import prove_cut, proved_depth, proved_structure
 from secateur.structure.surgery import cut_copy, make_plan
 from secateur.testing.toys import toy
 
@@ -237,3 +237,19 @@ def test_the_first_to_fill_a_cache_and_modules_of_another_form_stay():
         "keys.1": "",
         "keys.2": "keys.2 returns neither a tensor nor a tuple that begins with one",
     }
+
+
+def test_a_branch_and_an_axis_of_one_module_have_names_of_their_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(6, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.head(x + self.attention(x, x, x)[0])
+
+    structure = proved_structure(Block().eval(), torch.randn(2, 5, 6))
+    assert [branch.name for branch in structure.branches] == ["attention (branch)"]
+    assert structure.axis("attention").prunable and structure.branches[0].prunable

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from math import gcd
 
 from torch import nn
 
 from secateur.structure.branches import joined_sums, residual_additions
-from secateur.structure.depth import find_branches
+from secateur.structure.depth import Branch, find_branches
 from secateur.structure.dims import Dim, concat, freeze, leaf, leaves, product, size_under
 from secateur.structure.inputs import Inputs
 from secateur.structure.provenance import Attribute, Expression, Operation, evaluate, read_attribute, sources
@@ -39,7 +40,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
         multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,
-        branches=branches,
+        branches=_named_apart(branches, {axis.name for axis in axes}),
         order=tuple(tracer.used),
         inputs=inputs,
     )
@@ -290,6 +291,11 @@ def _stream_dims(tracer: Tracer) -> list[Dim]:
     """Return the dims of every sum of branches."""
     totals = [*(addition.total for addition in residual_additions(tracer)), *joined_sums(tracer)]
     return [dim for total in totals for dim in tracer.sums[total]]
+
+
+def _named_apart(branches: Iterable[Branch], axes: Collection[str]) -> tuple[Branch, ...]:
+    """Return the branches under names that no axis has: both are named after modules, and chosen by name."""
+    return tuple(replace(b, name=f"{b.name} (branch)") if b.name in axes else b for b in branches)
 
 
 def _names(

@@ -1,0 +1,63 @@
+"""Breaks every rule in every way that a list of simple mistakes can: no wrong structure may pass.
+
+A mutant is *caught* if `verify` fails on one of the networks, or the proof of a trial cut, or the count of
+multiply-adds. One that is not caught must do no harm: `HARMLESS` lists how that can be, and why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from tests.structure.mutation.judge import CAUGHT, fixtures, verdict
+from tests.structure.mutation.mutants import Mutant, all_mutants, executable_lines, rule_files
+
+pytestmark = pytest.mark.slow
+
+HARMLESS = {
+    "freer": "the sound rule refuses more than it must (random values, the queries of one key); the oracle agrees",
+    "frozen": "what the operation returns is unknown to later ones, and frozen; every cut left is one of the sound's",
+    "stumbles": "the rule raises an error, or its dims do not fit the tensor: what the operation touches is frozen",
+    "same": "the sides of an equation change places; -1 is 0 in a list of one; what nobody records is frozen anyway; "
+    "another operation of the same networks says it, too",
+}
+
+
+def verdicts(mutants: Sequence[Mutant], most: int, thorough: bool = False) -> dict[Mutant, tuple[str, str]]:
+    found = {mutant: verdict(mutant, most, thorough) for mutant in mutants}
+    silent = [f"{mutant.name} ({network})" for mutant, (what, network) in found.items() if what == "silent"]
+    assert not silent, "\n".join(silent)
+    assert {what for what, _ in found.values()} <= {*CAUGHT, *HARMLESS}
+    return found
+
+
+def test_the_networks_reach_every_line_of_every_rule():
+    reached = set().union(*(fixture.lines for fixture in fixtures()))
+    for module in rule_files():
+        name = module.__name__.rpartition(".")[2]
+        missing = executable_lines(module) - {line for file, line in reached if file == name}
+        assert not missing, f"no network reaches lines {sorted(missing)} of {module.__file__}"
+
+
+def test_the_sound_rules_pass_on_every_network():
+    for fixture in Random(0).sample(fixtures(), 100):
+        assert fixture.structure.verify(fixture.model).ok, fixture.name
+
+
+def test_no_mutant_of_a_sample_passes():
+    counts = Counter(what for what, _ in verdicts(Random(0).sample(all_mutants(), 50), most=10).values())
+    assert counts["verify"] >= 10
+
+
+def test_no_mutant_passes(capsys):
+    """Of what could do harm, `verify` alone catches most; the rest are sums, sizes that the code writes, and costs."""
+    found = verdicts(all_mutants(), most=40, thorough=True)
+    counts = Counter(what for what, _ in found.values())
+    with capsys.disabled():
+        print(f"\n{len(found)} mutants: {dict(counts)}")  # noqa: T201
+    assert counts["verify"] > 4 * counts["proof"]
+    for module in rule_files():
+        name = module.__name__.rpartition(".")[2]
+        assert any(what in CAUGHT for mutant, (what, _) in found.items() if mutant.file == name), name
