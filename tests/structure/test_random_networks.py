@@ -104,7 +104,7 @@ def test_random_networks(recipe):
 
 @pytest.mark.slow
 @settings(
-    max_examples=2000, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=1000, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(recipes())
 def test_many_random_networks(recipe):

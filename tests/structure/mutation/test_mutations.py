@@ -14,12 +14,11 @@ import pytest
 from tests.structure.mutation.judge import CAUGHT, fixtures, verdict
 from tests.structure.mutation.mutants import Mutant, all_mutants, executable_lines, rule_files
 
-pytestmark = pytest.mark.slow
-
 HARMLESS = {
     "freer": "the sound rule refuses more than it must (random values, the queries of one key); the oracle agrees",
     "frozen": "what the operation returns is unknown to later ones, and frozen; every cut left is one of the sound's",
-    "stumbles": "the rule raises an error, or its dims do not fit the tensor: what the operation touches is frozen",
+    "stumbles": "the rule raises an error, or its dims do not fit the tensor: what the operation touches is frozen; "
+    "or the trace does not end",
     "same": "the sides of an equation change places; -1 is 0 in a list of one; what nobody records is frozen anyway; "
     "another operation of the same networks says it, too",
 }
@@ -42,15 +41,16 @@ def test_the_networks_reach_every_line_of_every_rule():
 
 
 def test_the_sound_rules_pass_on_every_network():
-    for fixture in Random(0).sample(fixtures(), 100):
+    for fixture in Random(0).sample(fixtures(), 50):
         assert fixture.structure.verify(fixture.model).ok, fixture.name
 
 
 def test_no_mutant_of_a_sample_passes():
-    counts = Counter(what for what, _ in verdicts(Random(0).sample(all_mutants(), 50), most=10).values())
-    assert counts["verify"] >= 10
+    counts = Counter(what for what, _ in verdicts(Random(0).sample(all_mutants(), 30), most=10).values())
+    assert counts["verify"] >= 5
 
 
+@pytest.mark.slow
 def test_no_mutant_passes(capsys):
     """Of what could do harm, `verify` alone catches most; the rest are sums, sizes that the code writes, and costs."""
     found = verdicts(all_mutants(), most=40, thorough=True)
