@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage.table import PEERS, VERDICT_HEAD, markdown_table, shares, verdicts
+from benchmarks.coverage.table import PEERS, VERDICT_HEAD, failure, markdown_table, shares, verdicts
 
 import secateur as sc
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
@@ -105,9 +105,9 @@ def oracle_table() -> str:
 
 def coverage_table() -> str:
     """Return how many networks of each library pass each stage, beside Torch-Pruning, and which fail and why."""
-    rows = read("coverage/rows.json")["rows"]
-    passed = shares(rows)
-    failed = [f"- `{row['name']}`: {row['failed'][:160]}" for row in rows if row["failed"]]
+    record = read("coverage/rows.json")
+    rows, passed = record["rows"], shares(record["rows"], record["listed"])
+    failed = [f"- `{row['name']}`: {failure(row)[:160]}" for row in rows if row["failed"]]
     parts = [
         markdown_table(
             ("library", *next(iter(passed.values()))), [(library, *cells.values()) for library, cells in passed.items()]

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
@@ -124,7 +125,8 @@ def read() -> dict[str, dict[str, Any]]:
 def write(rows: dict[str, dict[str, Any]]) -> None:
     """Write all rows, in the order of the names, and the page that shows them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "rows": [rows[name] for name in sorted(rows)]}
+    listed = Counter(name.partition(":")[0] for name in names())
+    record = {"environment": environment(), "listed": listed, "rows": [rows[name] for name in sorted(rows)]}
     with written_atomically(FOLDER / "rows.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     with written_atomically(FOLDER / "README.md") as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,15 +31,24 @@ def line(row: Row) -> str:
     )
 
 
-def shares(rows: Collection[Row]) -> dict[str, dict[str, str]]:
-    """Return, by library, how many networks were run, how many passed each stage, and the median prunable share."""
+def failure(row: Row) -> str:
+    """Return why a network failed, without the colors of the terminal that the message was made for."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", row["failed"])
+
+
+def shares(rows: Collection[Row], listed: Mapping[str, int] | None = None) -> dict[str, dict[str, str]]:
+    """Return, by library, how many networks were run, how many passed each stage, and the median prunable share.
+
+    With `listed`, how many networks of each library there are to run, libraries without a row are shown, too.
+    """
     table = {}
     for key, title in LIBRARIES.items():
         own = [row for row in rows if row["name"].startswith(f"{key}:")]
-        if own:
-            cells = {"networks": str(len(own))}
+        if own or listed:
+            cells = {"listed": str(listed[key])} if listed else {}
+            cells["networks"] = str(len(own))
             cells |= {stage: str(sum(bool(row["stages"].get(stage)) for row in own)) for stage in STAGES}
-            cells["prunable"] = f"{100 * median(row.get('prunable_share', 0.0) for row in own):.1f} %"
+            cells["prunable"] = f"{100 * median(r.get('prunable_share', 0.0) for r in own):.1f} %" if own else ""
             table[title] = cells
     return table
 
@@ -79,6 +89,8 @@ def verdicts(rows: Collection[Row], peers: Sequence[str]) -> list[tuple[str, ...
     groups[f"the {len(peers)} architectures"] = [row for row in rows if row["name"] in set(peers)]
     lines = []
     for title, own in groups.items():
+        if not own:
+            continue
         for tool, verdict in TOOLS.items():
             counts = Counter(map(verdict, own))
             lines.append((title, tool, str(len(own)), *(str(counts[v]) for v in VERDICTS), _seconds(own, tool)))
@@ -107,7 +119,7 @@ def page(record: Mapping[str, Any], peers: Sequence[str]) -> str:
     """Return the page ``results/coverage/README.md``."""
     rows = record["rows"]
     machine = record["environment"]
-    table = shares(rows)
+    table = shares(rows, record["listed"])
     parts = [
         "# Coverage",
         "Made by `python -m benchmarks.coverage`; do not edit. Each network has random weights. Seconds are processor "
@@ -121,7 +133,7 @@ def page(record: Mapping[str, Any], peers: Sequence[str]) -> str:
         "## Beside Torch-Pruning 1.6.1",
         markdown_table(VERDICT_HEAD, verdicts(rows, peers)),
         "## Failures",
-        "\n".join(f"- `{row['name']}`: {row['failed']}" for row in rows if row["failed"]) or "None.",
+        "\n".join(f"- `{row['name']}`: {failure(row)}" for row in rows if row["failed"]) or "None.",
         "## All networks",
         "Stages: " + ", ".join(STAGES) + ". Seconds: trace, verify and prune; load and ONNX export. * marks the "
         f"{len(peers)} architectures. Torch-Pruning: its best setting.",

@@ -8,7 +8,8 @@ import pytest
 
 from secateur.bench import jobs
 from secateur.bench.benchmarks import plan, read_benchmark
-from secateur.bench.jobs import Workplace, attempt, run_job, share
+from secateur.bench.jobs import Workplace, attempt, run_job
+from secateur.bench.measurements import share
 from secateur.bench.store import Store
 from secateur.errors import BudgetUnreachable, DataUnavailable
 

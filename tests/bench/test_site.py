@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 import threading
@@ -7,7 +8,9 @@ import urllib.request
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
+import secateur as sc
 from secateur.bench.benchmarks import find_benchmark, plan
 from secateur.bench.records import Reported
 from secateur.bench.site import entries
@@ -178,3 +181,17 @@ def test_served_pages_follow_the_records(store, tmp_path):
         site.stop()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_the_method_that_the_guide_shows_works(store, tmp_path, monkeypatch):
+    build_site(store, tmp_path / "site")
+    page = (tmp_path / "site/add-a-method.html").read_text()
+    code, card, _ = (html.unescape(text) for text in re.findall('<code>((?:"""|---|export).*?)</code>', page, re.S))
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/sixth.py").write_text(code)
+    (tmp_path / "methods/sixth.md").write_text(card)
+    monkeypatch.setenv("SECATEUR_METHODS_PATH", str(tmp_path / "methods"))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    model[0].weight.data = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    pruned = sc.prune(model, torch.zeros(1, 2), method="sixth", budget=sc.Budget(sparsity=0.5))
+    assert pruned.model[0].weight.tolist() == [[0, -2], [0, 3]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.coverage.judge import ForeignTensor, judge, kept_units, survivors, tag, tagged
 from benchmarks.coverage.processes import OutOfTime, in_child, within
-from benchmarks.coverage.table import helped_verdict, our_verdict, shares, verdicts
+from benchmarks.coverage.table import failure, helped_verdict, our_verdict, shares, verdicts
 from torch import nn
 
 import secateur as sc
@@ -192,3 +192,14 @@ def test_tables_count_what_failed():
     assert lines["Hugging Face", "Torch-Pruning"] == ["2", "0", "1", "1", "0", ""]
     assert lines["Hugging Face", "Torch-Pruning with help"] == ["2", "1", "0", "1", "0", "2.0"]
     assert lines["the 1 architectures", "secateur"] == ["1", "0", "0", "0", "1", ""]
+
+
+def test_tables_say_how_much_was_not_run():
+    found = shares(ROWS, {"hf": 5, "torchvision": 7, "timm": 9})
+    assert [(library, cells["listed"], cells["networks"]) for library, cells in found.items()] == [
+        ("Hugging Face", "5", "2"),
+        ("torchvision", "7", "0"),
+        ("timm", "9", "0"),
+    ]
+    assert found["timm"]["prunable"] == "" and {title for title, *_ in verdicts(ROWS, [])} == {"Hugging Face"}
+    assert failure({"failed": "at \x1b[96mstep 1\x1b[0m"}) == "at step 1"

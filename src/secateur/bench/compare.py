@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from secateur.api import prune
-from secateur.bench.jobs import timings
+from secateur.bench.measurements import timings
 from secateur.bench.records import Timing
 from secateur.bench.statistics import Interval, Paired, interval, paired, ranks
 from secateur.core import registry

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import resource
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from math import sqrt
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -24,6 +19,15 @@ from torch import Tensor, nn
 from secateur import __version__
 from secateur.api import prune, save
 from secateur.bench.benchmarks import dense_run
+from secateur.bench.measurements import (
+    Stopwatch,
+    effective_sparsity,
+    peak_memory,
+    reached,
+    share,
+    timings,
+    weights_hash,
+)
 from secateur.bench.records import (
     SCHEMA,
     Code,
@@ -32,7 +36,6 @@ from secateur.bench.records import (
     Measured,
     Metric,
     Part,
-    Quantiles,
     Record,
     Reported,
     Run,
@@ -45,13 +48,10 @@ from secateur.core.budget import Budget
 from secateur.core.recipe import Recipe
 from secateur.deploy import safetensors
 from secateur.environment import commit, environment
-from secateur.errors import InvalidFile, StructureError
-from secateur.measure.effective import effective_params
-from secateur.measure.latency import compare_latency
+from secateur.errors import InvalidFile
 from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.pruned import Pruned
-from secateur.structure.inputs import state_of
 from secateur.tasks import find_task
 from secateur.tasks.reference import load_reference, reference_path, save_reference, train_reference
 from secateur.tasks.task import Task
@@ -115,7 +115,7 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
     Raises:
         OSError: A full disk and the like; no record is written.
     """
-    watch = _Stopwatch()
+    watch = Stopwatch()
     own = _own_code()
     latency: dict[str, Timing] = {}
     measured = error = None
@@ -139,7 +139,7 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
         machine=Machine(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=watch.seconds(),
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
             latency=latency,
             environment=environment(),
         ),
@@ -188,7 +188,7 @@ def _pretrained(run: Run, task: Task) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _measure_dense(
-    run: Run, place: Workplace, watch: _Stopwatch, on_step: OnStep | None
+    run: Run, place: Workplace, watch: Stopwatch, on_step: OnStep | None
 ) -> tuple[Measured, dict[str, Timing]]:
     task = find_task(run.task)
     with watch("training"):
@@ -215,7 +215,7 @@ def _measure_dense(
 
 
 def _measure_pruned(
-    run: Run, place: Workplace, watch: _Stopwatch, on_step: OnStep | None
+    run: Run, place: Workplace, watch: Stopwatch, on_step: OnStep | None
 ) -> tuple[Measured, dict[str, Timing]]:
     task = find_task(run.task)
     with watch("reference"):
@@ -242,7 +242,7 @@ def _measure_pruned(
         file_bytes=file_bytes,
         reached=reached(pruned),
         sparsity=1 - after.nonzero_params / pruned.before.params,
-        effective_sparsity=_effective_sparsity(pruned),
+        effective_sparsity=effective_sparsity(pruned),
         samples_scored=sum(r.samples_used for r in pruned.rounds),
         training=_training(task, pruned.history, after.macs),
         proof=max((proof.max_error for proof in pruned.proofs), default=None),
@@ -279,47 +279,6 @@ def _initial_state(run: Run, task: Task) -> dict[str, Tensor]:
         return task.build(run.network).state_dict()
 
 
-def _effective_sparsity(pruned: Pruned) -> float | None:
-    """Return the share of the dense network's parameters that have no effect any more; None if that is not known."""
-    try:
-        return 1 - effective_params(pruned.model, pruned.inputs) / pruned.before.params
-    except StructureError:
-        return None
-
-
-def reached(pruned: Pruned) -> float:
-    """Return the budgeted quantity of a pruned network in the unit of the budget."""
-    kind = pruned.budget.kind
-    cost = pruned.rounds[-1].cost
-    if kind == "sparsity":
-        return 1 - cost / _units(pruned)
-    dense = {"macs": pruned.before.macs, "params": pruned.before.params}.get(kind, 1)
-    return cost / dense
-
-
-def _units(pruned: Pruned) -> int:
-    """Return the number of units before pruning."""
-    if pruned.structure is not None:
-        return sum(axis.size for axis in pruned.structure.prunable)
-    return sum(mask.numel() for mask in pruned.masks.values())
-
-
-def timings(dense: nn.Module, pruned: Pruned, engines: tuple[str, ...]) -> dict[str, Timing]:
-    """Return the latency of a smaller network beside the dense one, by engine."""
-    found = {}
-    for engine in engines:
-        both = compare_latency({"dense": dense, "pruned": pruned.model}, pruned.inputs, engine)
-        one = both["pruned"]
-        found[engine] = Timing(
-            engine=engine,
-            threads=one.threads,
-            batch=one.batch,
-            dtype=one.dtype,
-            **{name: Quantiles(p50_ms=x.p50_ms, p90_ms=x.p90_ms, n=x.n) for name, x in both.items()},
-        )
-    return found
-
-
 def _metrics(run: Run, task: Task, test: float, validation: float) -> dict[str, Metric]:
     return {
         run.metric: share(test, len(task.splits.test.targets)),
@@ -327,28 +286,11 @@ def _metrics(run: Run, task: Task, test: float, validation: float) -> dict[str, 
     }
 
 
-def share(value: float, n: int) -> Metric:
-    """Return a share of n samples with its 95 % interval (Wilson 1927)."""
-    z = 1.959963984540054
-    center = (value + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return Metric(value=value, low=min(value, max(0.0, center - half)), high=max(value, center + half), n=n)
-
-
 def _training(task: Task, history: History, macs: int) -> Training:
     steps = int(history[-1]["step"]) if history else 0
     epochs = steps / len(task.train_batches())
     samples = round(epochs * len(task.splits.train.targets))
     return Training(steps=steps, samples=samples, macs=samples * macs)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Return a hash of all parameters and buffers: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_of(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _file_bytes(run: Run, place: Workplace, task: Task) -> int:
@@ -359,36 +301,12 @@ def _file_bytes(run: Run, place: Workplace, task: Task) -> int:
 # --------------------------------------------------------------------------------------------------------- facts
 
 
-class _Stopwatch:
-    """Wall time by phase."""
-
-    def __init__(self) -> None:
-        self._start = perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self._phases[phase] = perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase, and in all."""
-        found = {**self._phases, "total": perf_counter() - self._start}
-        return {phase: round(seconds, 2) for phase, seconds in found.items()}
-
-
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Let one process at a time do what follows; the lock of a process that dies is gone with it."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _own_code() -> Code:

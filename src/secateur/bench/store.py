@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.atomic import written_atomically
+from secateur.bench import RESULTS
 from secateur.bench.benchmarks import Benchmark
 from secateur.bench.records import Record, Run, read_record, to_text
 from secateur.errors import InvalidRecord
-
-RESULTS = Path("results") / "records"
-"""Where `secateur bench run` puts records, below the working directory."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from secateur.cli.common import JsonOption, console, messages, print_json
+from secateur.bench import RESULTS
+from secateur.cli.common import JsonOption, ResultsOption, console, messages, print_json
 from secateur.errors import InvalidRecipe
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Run benchmarks and show what their records say.", no_args_is_help=True)
 
-ResultsOption = Annotated[Path, typer.Option(help="Folder of the records.")]
 NameArgument = Annotated[str, typer.Argument(help="For example digits/resnet8, or the path of a YAML file.")]
-RESULTS = Path("results") / "records"
 SCRATCH = Path("runs") / "bench"
 
 

@@ -26,6 +26,7 @@ console = Console()
 messages = Console(stderr=True)
 """Progress and remarks; results alone go to standard output."""
 
+ResultsOption = Annotated[Path, typer.Option(help="Folder of the records.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.common import JsonOption, console, print_json
+from secateur.bench import RESULTS
+from secateur.cli.common import JsonOption, ResultsOption, console, print_json
 from secateur.errors import InvalidFile
 
 app = typer.Typer(help="Show all records as pages.", no_args_is_help=True)
 
-ResultsOption = Annotated[Path, typer.Option(help="Folder of the records.")]
 OutOption = Annotated[Path, typer.Option(help="Folder of the pages.")]
-RESULTS = Path("results") / "records"
 OUT = Path("docs") / "leaderboard"
 
 
