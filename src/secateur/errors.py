@@ -22,12 +22,16 @@ class UnknownName(SecateurError, ValueError):
     """A name that nothing is registered under; the message lists what is."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        options = sorted(known)
-        near = get_close_matches(name, options, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        more = f" and {len(options) - MOST_SHOWN} more" if len(options) > MOST_SHOWN else ""
-        shown = ", ".join(options[:MOST_SHOWN]) or "none"
-        super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {shown}{more}.")
+        super().__init__(f"Unknown {kind} {name!r}.{known_names(name, known)}")
+
+
+def known_names(name: str, known: Iterable[str]) -> str:
+    """Return sentences that say which name may have been meant, and which there are."""
+    options = sorted(known)
+    near = get_close_matches(name, options, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    more = f" and {len(options) - MOST_SHOWN} more" if len(options) > MOST_SHOWN else ""
+    return f"{hint} Known: {', '.join(options[:MOST_SHOWN]) or 'none'}{more}."
 
 
 class InvalidRecipe(SecateurError, ValueError):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from secateur.bench.benchmarks import find_benchmark, plan
 from secateur.bench.store import Store
 from secateur.cli.main import app
-from secateur.errors import InvalidRecipe, UnknownName
+from secateur.errors import InvalidFile, InvalidRecipe, UnknownName
 
 BENCHMARK = find_benchmark("digits/resnet8")
 RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))
@@ -86,3 +86,8 @@ def test_bad_words_are_one_line(tmp_path):
     with pytest.raises(UnknownName, match="executor"):
         invoke("run", TINY, "--executor", "cloud", "--results", tmp_path, "--scratch", tmp_path)
     assert invoke("run", "digits/resnet8", "--again", "maybe").exit_code == 2
+
+
+def test_show_without_records_says_how_to_make_them(tmp_path):
+    result = CliRunner().invoke(app, ["bench", "show", "digits/resnet8", "--results", str(tmp_path / "none")])
+    assert isinstance(result.exception, InvalidFile) and "secateur bench run digits/resnet8" in str(result.exception)

@@ -98,3 +98,8 @@ def test_parse_refuses_an_answer_to_another_question():
 def test_scope_patterns():
     scope = Scope(include=("blocks.*",), exclude=("*.fc*",))
     assert scope.admits("blocks.0.conv") and not scope.admits("blocks.0.fc1") and not scope.admits("stem")
+
+
+def test_a_misspelled_setting_is_named_before_the_one_that_is_then_missing():
+    with pytest.raises(InvalidRecipe, match=r"criterio: Extra inputs.* Did you mean 'criterion'\? Known: allocation, "):
+        Recipe(criterio="taylor")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from secateur.bench import RESULTS
 from secateur.cli.common import JsonOption, ResultsOption, console, messages, print_json
-from secateur.errors import InvalidRecipe
+from secateur.errors import InvalidFile, InvalidRecipe
 
 if TYPE_CHECKING:
     from secateur.bench.runner import Estimate, Progress
@@ -171,6 +171,8 @@ def _show_rows(name: str, results: Path) -> None:
     records, refused = Store(results).read(benchmark.name)
     for file in refused:
         messages.print(f"refused: {file.reason}", highlight=False, markup=False)
+    if not records:
+        raise InvalidFile(f"There are no records of {name} below {results}. Make them: secateur bench run {name}")
     rows = summarize(records, benchmark)
     table = Table("units", "budget", "rank", "arm", "accuracy", box=None, pad_edge=False)
     for heading in ("MACs", "speedup", "random", "scratch-e", "official"):
