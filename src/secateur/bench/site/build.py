@@ -21,7 +21,7 @@ from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
 from secateur.bench.records import Record
 from secateur.bench.site.entries import command, entry, places, shards, slug, verdicts
 from secateur.bench.store import Refused, Store, standing
-from secateur.bench.summary import summarize
+from secateur.bench.summary import fronts, summarize
 from secateur.core.method import method, methods
 from secateur.core.recipe import Recipe
 from secateur.core.registry import Card
@@ -39,6 +39,7 @@ class Board:
         refused: Files that are none.
         entries: Lines of the table, see `secateur.bench.site.entries.entry`.
         verdicts: Sentences.
+        ladders: Arm, units, and the hypervolume of all its budgets together; the largest first within the units.
     """
 
     benchmark: Benchmark
@@ -46,6 +47,7 @@ class Board:
     refused: list[Refused]
     entries: list[dict[str, Any]]
     verdicts: list[str]
+    ladders: list[tuple[str, str, float]]
 
     @property
     def slug(self) -> str:
@@ -99,7 +101,8 @@ def _board(benchmark: Benchmark, store: Store) -> Board:
     address = places(benchmark.name, records)
     rows = summarize(records, benchmark)
     entries = [entry(row, benchmark, cards, address) for row in rows]
-    return Board(benchmark, records, refused, entries, verdicts(rows))
+    ladders = sorted(((*key, area) for key, area in fronts(rows).items()), key=lambda line: (line[1], -line[2]))
+    return Board(benchmark, records, refused, entries, verdicts(rows), ladders)
 
 
 def _write_shards(out: Path, board: Board, store: Store) -> None:
