@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from secateur.core import engine
 from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
+from secateur.core.learning import Learning
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, PlanMismatch
@@ -36,6 +37,9 @@ class Pruner:
     rate schedulers, gradient scalers, your own variables). After a physical cut the model's parameters are new
     tensors; the optimizers hold the new ones, and what they remember is cut along, as are pending gradients. Single
     weights are zeroed and held at zero after every optimizer step.
+
+    Some methods learn while you train. Those that have a term of the loss need it added to yours:
+    ``(loss + pruner.loss_term()).backward()``; `step` says so if you forget.
 
     What must be made anew after a cut: a ``DistributedDataParallel`` around the model, and hooks on parameters.
 
@@ -107,6 +111,8 @@ class Pruner:
             self._run = self._job.start(model, data, loss, checkpoints)
         if isinstance(self._run.units, CutUnits):
             self._run.units.companions = self._companions
+        self._learning = Learning(self._run, self._companions.optimizers, total_steps)
+        self._learning.start(0)
 
     @property
     def rounds(self) -> tuple[engine.Round, ...]:
@@ -118,6 +124,10 @@ class Pruner:
         """Whether the last pruning moment is over, so that the budget is met."""
         return self._run.next_level is None
 
+    def loss_term(self) -> Tensor:
+        """Return what the method adds to the loss of this batch: a scalar, 0 if it adds nothing."""
+        return self._learning.loss_term()
+
     def step(self) -> engine.Round | None:
         """Count one training step, and prune if the schedule says so; mutates model, optimizers and copies.
 
@@ -126,16 +136,24 @@ class Pruner:
 
         Returns:
             What happened, if it was a pruning moment; None otherwise.
+
+        Raises:
+            InvalidRecipe: The method has a term of the loss, and it was not asked for since the last step.
         """
         self.steps += 1
+        self._learning.step(self.steps)
         happened = None
         while (level := self._run.next_level) is not None and self.steps >= level.at * self.total_steps:
+            self._learning.end()
             with torch.random.fork_rng():
                 torch.manual_seed(self._job.seed + self.steps)
                 happened = self._run.prune()
             if self._job.recipe.weights_from != "same":
                 self._restart_companions()
             self._hold_masks()
+            self._learning.start(self.steps)
+        if self.steps == self.total_steps:
+            self._learning.end()
         return happened
 
     def result(self) -> Pruned:
@@ -161,6 +179,7 @@ class Pruner:
             "rounds": [asdict(done) for done in self.rounds],
             "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits) else None,
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
+            "learned": {} if self._run.hooks is None else self._run.hooks.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,6 +202,10 @@ class Pruner:
         self.steps = state["steps"]
         self._run.rounds[:] = [engine.Round(**done) for done in state["rounds"]]
         self._hold_masks()
+        self._learning.end()
+        self._learning.start(self.steps)
+        if self._run.hooks is not None:
+            self._run.hooks.load_state_dict(state["learned"])
 
     def _hold_masks(self) -> None:
         """Zero the masked weights now and after every optimizer step."""

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from secateur.core.hooks import Hooks
 from secateur.core.masks import Masks
 from secateur.errors import DataNeeded, InvalidFile, InvalidRecipe, PlanMismatch, TrainingDiverged
 from secateur.parts.recovery.distill import Distill
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.training.data import TensorBatches
-from secateur.training.hooks import Hooks
 from secateur.training.loop import Trainer, accuracy, learning_rate, make_optimizer
 
 SETTINGS = FineTune(epochs=3, lr=0.05)

@@ -21,6 +21,7 @@ from secateur.api import load, prune, save
 from secateur.atomic import written_atomically
 from secateur.bench.statistics import interval
 from secateur.core.budget import Budget
+from secateur.core.hooks import TrainingState
 from secateur.core.method import method
 from secateur.core.recipe import Recipe
 from secateur.core.units import draw_fresh
@@ -32,7 +33,6 @@ from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks import find_task
 from secateur.tasks.reference import load_reference, reference_path
 from secateur.tasks.task import Task
-from secateur.training.hooks import TrainingState
 from secateur.training.loop import OnStep, Trainer
 
 OnProgress = Callable[[str, int, int], None]

@@ -20,7 +20,7 @@ from secateur.errors import InvalidRecipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from secateur.training.hooks import TrainingState
+    from secateur.core.hooks import TrainingState
 
 console = Console()
 messages = Console(stderr=True)

@@ -27,7 +27,7 @@ def command(
     """Prune a network by several methods with the same budget and recovery, and recommend one."""
     from secateur.api import save
     from secateur.bench.compare import compare
-    from secateur.training.hooks import TrainingState
+    from secateur.core.hooks import TrainingState
 
     run = read_run_file(recipe)
     check_folder(out)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
+from secateur.core.hooks import Hooks
 from secateur.core.units import Scores, Units
 from secateur.errors import DataNeeded, NotApplicable
 
@@ -32,10 +33,19 @@ class Context:
         generator: A random generator that the run's seed controls.
         batches_used: Batches that went through the model so far, repeated passes counted.
         samples_used: Samples likewise.
+        learned: What the criterion has learned in training, if it has hooks of its own.
     """
 
-    def __init__(self, units: Units, data: Data | None = None, loss: Loss | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        units: Units,
+        data: Data | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+        learned: Hooks | None = None,
+    ) -> None:
         self.units = units
+        self.learned = learned
         self.generator = torch.Generator().manual_seed(seed)
         self.batches_used = 0
         self.samples_used = 0
@@ -56,6 +66,41 @@ class Context:
     def sum_over_units(self, values: Mapping[str, Tensor], consumed: bool = False) -> Scores:
         """Return, for each unit, the sum of element-wise values over its entries; see `Units.sum`."""
         return self.units.sum(values, consumed)
+
+    def batches(self) -> Iterator[Any]:
+        """Yield each batch of the data, on the model's device."""
+        for batch, _ in self._batches():
+            yield batch
+
+    def forward(self, batch: Any) -> Any:
+        """Return the model's output; its buffers stay as they are. Inside `undisturbed`."""
+        args, kwargs, _ = split_batch(batch)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return torch.func.functional_call(self.model, buffers, args, kwargs)
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch, with its graph. Inside `undisturbed`."""
+        loss = self._loss or default_loss(batch)
+        return loss(self.forward(batch), split_batch(batch)[2])
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[list[nn.Parameter]]:
+        """Eval mode, own random state, gradients of the prunable parameters switched on; all restored."""
+        parameters = list(self.units.parameters().values())
+        modes = [(module, module.training) for module in self.model.modules()]
+        frozen = [p for p in parameters if not p.requires_grad]
+        with torch.random.fork_rng(), torch.enable_grad():
+            try:
+                for module, _ in modes:
+                    module.training = False
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                yield parameters
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+                for module, training in modes:
+                    module.training = training
 
     # ------------------------------------------------------------------------------------------- gradients
 
@@ -85,10 +130,8 @@ class Context:
         total = {name: torch.zeros_like(vectors[name]) for name in names}
         samples = 0
         for batch, n in self._batches():
-            with self._undisturbed() as parameters:
-                first = torch.autograd.grad(
-                    self._batch_loss(batch), parameters, create_graph=True, materialize_grads=True
-                )
+            with self.undisturbed() as parameters:
+                first = torch.autograd.grad(self.loss_of(batch), parameters, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * vectors[name]).sum() for g, name in zip(first, names, strict=True)]).sum()
                 second = torch.autograd.grad(slope, parameters, materialize_grads=True)
             products = self._mean_over_processes(dict(zip(names, second, strict=True)), n)
@@ -99,8 +142,8 @@ class Context:
 
     def _gradient_batches(self) -> Iterator[tuple[Values, int]]:
         for batch, n in self._batches():
-            with self._undisturbed() as parameters:
-                gradient = torch.autograd.grad(self._batch_loss(batch), parameters, materialize_grads=True)
+            with self.undisturbed() as parameters:
+                gradient = torch.autograd.grad(self.loss_of(batch), parameters, materialize_grads=True)
             yield self._mean_over_processes(dict(zip(self.units.parameters(), gradient, strict=True)), n), n
 
     # ------------------------------------------------------------------------------------------ activations
@@ -118,8 +161,8 @@ class Context:
                 if name.endswith(".weight"):
                     handles.append(module.register_forward_hook(listener(name)))
             for batch, _ in self._batches():
-                with self._undisturbed(), torch.inference_mode():
-                    self._forward(batch)
+                with self.undisturbed(), torch.inference_mode():
+                    self.forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -160,34 +203,6 @@ class Context:
             raise DataNeeded(
                 "The data are empty. If they are a generator, pass a list or a DataLoader: it is read twice."
             )
-
-    def _forward(self, batch: Any) -> Any:
-        args, kwargs, _ = split_batch(batch)
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return torch.func.functional_call(self.model, buffers, args, kwargs)
-
-    def _batch_loss(self, batch: Any) -> Tensor:
-        loss = self._loss or default_loss(batch)
-        return loss(self._forward(batch), split_batch(batch)[2])
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[list[nn.Parameter]]:
-        """Eval mode, own random state, gradients of the prunable parameters switched on; all restored."""
-        parameters = list(self.units.parameters().values())
-        modes = [(module, module.training) for module in self.model.modules()]
-        frozen = [p for p in parameters if not p.requires_grad]
-        with torch.random.fork_rng(), torch.enable_grad():
-            try:
-                for module, _ in modes:
-                    module.training = False
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
-                yield parameters
-            finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
-                for module, training in modes:
-                    module.training = training
 
     def _mean_over_processes(self, values: Values, n: int) -> Values:
         """Return the mean over the samples of all processes, so that every process sees the same scores."""

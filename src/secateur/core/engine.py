@@ -12,17 +12,18 @@ from torch import Tensor
 from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
 from secateur.core.context import Context
+from secateur.core.hooks import Hooks
 from secateur.core.recipe import Recipe
 from secateur.core.select import fewest, select
-from secateur.core.slots import Level
-from secateur.core.units import Cost, Scores, Units
-from secateur.errors import BudgetUnreachable, MissingCheckpoint, NothingPrunable
+from secateur.core.slots import Level, Repair
+from secateur.core.units import Cost, Kept, Scores, Units
+from secateur.errors import BudgetUnreachable, InvalidRecipe, MissingCheckpoint, NothingPrunable
 
 Checkpoints = Mapping[str | int, Mapping[str, Tensor]]
 """State dicts of the unpruned model: ``init``, and training steps by number."""
 
-Recover = Callable[[Units, Level, float], None]
-"""Called with (units, the level just reached, where its recovery ends in [0, 1])."""
+Recover = Callable[["Run", Level, float], None]
+"""Called with (the run, the level just reached, where its recovery ends in [0, 1])."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ class Run:
     Attributes:
         levels: All pruning moments.
         rounds: What happened at those that are over.
+        hooks: What the criterion does around training steps, if anything.
 
     Raises:
         NothingPrunable: There is no unit.
+        InvalidRecipe: The criterion learns in training, and the schedule cuts before any.
         BudgetUnreachable: The network meets the budget already, or the budget allows less than the smallest network.
         MissingCheckpoint: The recipe asks for weights that are not given.
     """
@@ -88,6 +91,12 @@ class Run:
             _checkpoint(checkpoints, key)
         self.levels = recipe.schedule.levels(self._target / self._dense)
         self.rounds: list[Round] = []
+        if recipe.criterion.learns and self.levels[0].at == 0:
+            raise InvalidRecipe(
+                f"{recipe.criterion.name!r} learns while the network trains, so the first cut must come later: give a "
+                "schedule that begins after 0, for example {'name': 'one-shot', 'at': 0.5}."
+            )
+        self.hooks: Hooks | None = recipe.criterion.hooks(self)
 
     @property
     def next_level(self) -> Level | None:
@@ -97,16 +106,10 @@ class Run:
     def prune(self) -> Round:
         """Carry out the next pruning moment: score, select, remove, and set the weights back if the recipe says so."""
         recipe, units, level = self.recipe, self.units, self.levels[len(self.rounds)]
-        context = Context(units, self._data, self._loss, 1000 * self.seed + len(self.rounds))
+        context = Context(units, self._data, self._loss, 1000 * self.seed + len(self.rounds), self.hooks)
         with _weights_of(recipe.mask_from, units, self._checkpoints):
             scores = recipe.criterion.score(context)
-        units.check(scores)
-        priorities = recipe.allocation.rank(scores)
-        units.check(priorities)
-        for group, gone in units.removed().items():
-            priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
-        allowed = self._target if level is self.levels[-1] else level.keep * self._dense
-        _cut(units, priorities, self._cost_of, allowed, self.budget.tolerance)
+        self._cut(context, self._priorities(scores), self._allowed(level))
         if recipe.weights_from == "fresh":
             units.redraw()
         elif recipe.weights_from != "same":
@@ -115,15 +118,64 @@ class Run:
         self.rounds.append(Round(level.keep, self._cost_of(units)(counts), counts, context.samples_used))
         return self.rounds[-1]
 
+    def choose(self, scores: Scores, keep: float | None = None) -> Kept:
+        """Return the units that a cut by these scores would keep now; nothing is cut.
+
+        Args:
+            scores: One per unit; higher = keep.
+            keep: Share of the dense cost that may stay; default: what the budget allows in the end.
+        """
+        allowed = self._target if keep is None else max(keep * self._dense, self._target)
+        return select(
+            self._priorities(scores), self._cost_of(self.units), allowed, self.units.limits, self.budget.tolerance
+        )
+
+    def _priorities(self, scores: Scores) -> Scores:
+        """Return what the allocation makes of the scores; units that are gone come last."""
+        self.units.check(scores)
+        priorities = self.recipe.allocation.rank(scores)
+        self.units.check(priorities)
+        for group, gone in self.units.removed().items():
+            priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
+        return priorities
+
+    def _allowed(self, level: Level) -> float:
+        return self._target if level is self.levels[-1] else level.keep * self._dense
+
+    def _cut(self, context: Context, priorities: Scores, allowed: float) -> None:
+        """Remove the worst units; when some groups turn out not to be removable, choose again among the others."""
+        units = self.units
+        while not self._keep(
+            context, select(priorities, self._cost_of(units), allowed, units.limits, self.budget.tolerance)
+        ):
+            priorities = {group: values for group, values in priorities.items() if group in units.shapes}
+            if not priorities:
+                raise NothingPrunable(
+                    "No cut of this model could be proved equal to the masked network; none was made."
+                )
+
+    def _keep(self, context: Context, kept: Kept) -> bool:
+        """Remove all other units and repair what stays; if that is impossible, everything is as before."""
+        repair, units = self.recipe.repair, self.units
+        repairs = type(repair) is not Repair
+        before = {name: tensor.clone() for name, tensor in units.model.state_dict().items()} if repairs else {}
+        repair.before_cut(context, kept)
+        if not units.keep(kept):
+            if repairs:
+                units.model.load_state_dict(before)
+            return False
+        repair.after_cut(context)
+        return True
+
 
 def run(pruning: Run, recover: Recover) -> list[Round]:
     """Lead `pruning` through all of its moments, with a recovery after each, and return what happened."""
     levels = pruning.levels
     if levels[0].at > 0:
-        recover(pruning.units, Level(0.0, 1.0), levels[0].at)
+        recover(pruning, Level(0.0, 1.0), levels[0].at)
     for level, until in zip(levels, [*(level.at for level in levels[1:]), 1.0], strict=True):
         pruning.prune()
-        recover(pruning.units, level, until)
+        recover(pruning, level, until)
     return pruning.rounds
 
 
@@ -144,14 +196,6 @@ def _target(units: Units, live: Mapping[str, int], budget: Budget, cost: Cost) -
             "granularity's minimum or round_to."
         )
     return dense, target
-
-
-def _cut(units: Units, priorities: Scores, cost_of: Callable[[Units], Cost], allowed: float, tolerance: float) -> None:
-    """Remove the worst units; when some groups turn out not to be removable, choose again among the others."""
-    while not units.keep(select(priorities, cost_of(units), allowed, units.limits, tolerance)):
-        priorities = {group: values for group, values in priorities.items() if group in units.shapes}
-        if not priorities:
-            raise NothingPrunable("No cut of this model could be proved equal to the masked network; none was made.")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
 
 from secateur.core import schedule as _stock_schedules  # noqa: F401 (registers their names)
-from secateur.core.slots import Allocation, Criterion, Granularity, Recovery, Schedule, Scope, Slot
+from secateur.core.slots import Allocation, Criterion, Granularity, Recovery, Repair, Schedule, Scope, Slot
 from secateur.core.value import Value
 
 MaskSource = Literal["end", "init"] | NonNegativeInt
@@ -33,7 +33,8 @@ class Recipe(Value):
         granularity: What is the smallest unit?
         allocation: How are units shared between groups?
         schedule: When, in how many steps?
-        recovery: What repairs the network?
+        repair: What happens to the kept weights at a cut?
+        recovery: What training repairs the network?
 
     Example:
         >>> Recipe(criterion="magnitude", granularity="channel").criterion.name
@@ -47,6 +48,7 @@ class Recipe(Value):
     granularity: Annotated[SerializeAsAny[Granularity], BeforeValidator(Granularity.parse)] = "weight"  # type: ignore[assignment]
     allocation: Annotated[SerializeAsAny[Allocation], BeforeValidator(Allocation.parse)] = "global"  # type: ignore[assignment]
     schedule: Annotated[SerializeAsAny[Schedule], BeforeValidator(Schedule.parse)] = "one-shot"  # type: ignore[assignment]
+    repair: Annotated[SerializeAsAny[Repair], BeforeValidator(Repair.parse)] = Repair()
     recovery: Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)] = "none"  # type: ignore[assignment]
 
     def but(self, **slots: Any) -> Self:
@@ -63,6 +65,6 @@ class Recipe(Value):
         data = self.model_dump(mode="json", exclude_defaults=True)
         for name in type(self).model_fields:
             answer = getattr(self, name)
-            if isinstance(answer, Slot):
+            if isinstance(answer, Slot) and name in data:
                 data[name]["version"] = answer.version
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

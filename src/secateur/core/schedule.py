@@ -11,13 +11,18 @@ from secateur.errors import InvalidRecipe
 
 
 class OneShot(Schedule):
-    """Everything at once, before the recovery."""
+    """Everything at once.
+
+    Attributes:
+        at: Where in the recovery, in [0, 1); what comes before is training of the unpruned network.
+    """
 
     name = "one-shot"
+    at: float = Field(0.0, ge=0, lt=1)
 
     def levels(self, keep: float) -> tuple[Level, ...]:
-        """Return one level, at the start."""
-        return (Level(0.0, keep),)
+        """Return one level."""
+        return (Level(self.at, keep),)
 
 
 class Iterative(Schedule):

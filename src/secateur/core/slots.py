@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from secateur.core.batches import Loss
     from secateur.core.context import Context
-    from secateur.core.units import Scores, Units
+    from secateur.core.engine import Run
+    from secateur.core.hooks import Hooks
+    from secateur.core.units import Kept, Scores, Units
 
 
 class Slot(Value, ABC):
@@ -83,10 +85,16 @@ class Criterion(Slot):
     """How valuable is a unit?"""
 
     slot = "criterion"
+    learns: ClassVar[bool] = False
+    """Whether its scores are learned while the network trains, so that the first cut must come after some training."""
 
     @abstractmethod
     def score(self, context: Context) -> Scores:
         """Return one score per unit; higher = keep. Leaves the model as it was."""
+
+    def hooks(self, run: Run) -> Hooks | None:
+        """Return what this criterion does around the training steps of a run, if anything."""
+        return None
 
 
 class Granularity(Slot):
@@ -145,6 +153,19 @@ class Recovery(Slot):
     def loss(self, loss: Loss, output: Any, target: Any, teacher_output: Any) -> Tensor:
         """Return the training loss of one batch."""
         return loss(output, target)
+
+
+class Repair(Slot):
+    """What happens to the kept weights at a cut? This base class leaves them alone."""
+
+    slot = "repair"
+    name = "none"
+
+    def before_cut(self, context: Context, kept: Kept) -> None:
+        """Change the weights of the network that is about to lose all units but `kept`; mutates the model."""
+
+    def after_cut(self, context: Context) -> None:
+        """Change what the cut network remembers (running statistics); mutates the model."""
 
 
 class Scope(Value):

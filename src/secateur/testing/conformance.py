@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.api import load, prune, save
+from secateur.budgets import cost_of
 from secateur.core.budget import Budget
 from secateur.core.context import Context
+from secateur.core.engine import Run
+from secateur.core.hooks import Hooks
 from secateur.core.masks import Masks
 from secateur.core.method import method
 from secateur.core.recipe import Recipe
@@ -26,7 +29,12 @@ from secateur.core.slots import Scope
 from secateur.core.units import Scores, Units
 from secateur.errors import DataNeeded
 from secateur.parts.allocation.ranking import Global
+from secateur.parts.recovery.fine_tune import FineTune
 from secateur.testing.toys import NETWORKS, toy, toy_batches
+from secateur.training.loop import Trainer
+
+TRAINING = FineTune(epochs=2, lr=0.01)
+"""Of methods that learn in training."""
 
 Check = Callable[[str, str], None]
 """Called with (method, granularity); raises AssertionError with a message."""
@@ -62,10 +70,11 @@ def scores_fit(name: str, granularity: str) -> None:
 def scoring_leaves_no_trace(name: str, granularity: str) -> None:
     """Parameters, buffers, gradients, modes and the random state are as before."""
     units, data = _units(granularity)
+    learned = _learned(name, units, data)
     model = units.model.train()
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before, rng = _snapshot(model), torch.get_rng_state()
-    _score(name, units, data)
+    method(name).recipe.criterion.score(Context(units, data, learned=learned))
     assert torch.equal(rng, torch.get_rng_state()), f"{name}: scoring used the global random state"
     after = _snapshot(model)
     assert before.keys() == after.keys(), f"{name}: scoring added or removed attributes"
@@ -82,10 +91,13 @@ def same_seed_same_scores(name: str, granularity: str) -> None:
 
 def data_as_declared(name: str, granularity: str) -> None:
     """A method that declares no data uses none; one that declares some says so when there is none."""
+    declared = method(name).card.data
+    if method(name).recipe.criterion.learns:
+        assert declared != "none", f"{name}: learns in training, which needs data"
+        return
     units, data = _units(granularity)
     context = Context(units, data)
     method(name).recipe.criterion.score(context)
-    declared = method(name).card.data
     if declared == "none":
         assert context.samples_used == 0, f"{name}: the card says no data, {context.samples_used} samples were used"
         return
@@ -219,11 +231,28 @@ def _sizes(granularity: str) -> dict[str, int]:
 
 
 def _score(name: str, units: Units, data: Any, seed: int = 0) -> Scores:
-    return method(name).recipe.criterion.score(Context(units, data, seed=seed))
+    learned = _learned(name, units, data, seed)
+    return method(name).recipe.criterion.score(Context(units, data, seed=seed, learned=learned))
+
+
+def _learned(name: str, units: Units, data: Any, seed: int = 0) -> Hooks | None:
+    """Train a little, if that is where the method learns; mutates the model."""
+    recipe = method(name).recipe
+    if not recipe.criterion.learns:
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hooks = Run(recipe, units, Budget(sparsity=0.5), cost_of("sparsity"), data=data, seed=seed).hooks
+        assert hooks is not None, f"{name}: says that it learns, and has no hooks"
+        Trainer(units.model, TRAINING, hooks=(hooks,)).run(data, 0, len(data))
+    return hooks
 
 
 def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Budget, **slots: Any) -> Any:
     network = "mlp" if isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Flatten) else "resnet20"
+    learns = method(name).recipe.criterion.learns
+    if learns:
+        slots.pop("schedule", None)  # its own comes after some training
     return prune(
         model,
         x,
@@ -231,7 +260,7 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
         granularity=granularity,
         budget=budget,
         data=toy_batches(network),
-        recovery="none",
+        recovery=TRAINING if learns else "none",
         **slots,
     )
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import Data, Loss, channels_last_is_safe, default_loss, split_batch, to_model
+from secateur.core.hooks import Hooks, TrainingState
 from secateur.core.masks import Masks
 from secateur.core.slots import Precision
 from secateur.errors import DataNeeded, TrainingDiverged
@@ -23,7 +24,6 @@ from secateur.structure.inputs import aliases_of, undisturbed
 from secateur.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from secateur.training.data import TensorBatches
 from secateur.training.fabric import average_buffers, make_fabric, share_data
-from secateur.training.hooks import Hooks, TrainingState
 
 History = list[dict[str, float]]
 """Entries with step, train_loss (mean since the last entry) and lr; validation at the start and after each epoch."""
@@ -115,7 +115,7 @@ class Trainer:
         this_run = f"steps {first} to {last} of {self.settings.model_dump_json()}"
         if checkpoint is not None and Path(checkpoint).exists():
             progress = load_checkpoint(checkpoint, self.model, self.optimizer, this_run)
-        state = TrainingState(self.model, self.optimizer, progress.step, last)
+        state = TrainingState(self.model, self.optimizer, progress.step, last, first)
         log_every = max(1, min(per_epoch, (last - first) // LOG_ENTRIES))
         self._call("on_start", state)
         if evaluate is not None and progress.step == first < last and not progress.history:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from secateur.core.batches import Data, Loss
+from secateur.core.engine import Run
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Level, Precision
-from secateur.core.units import Units
-from secateur.errors import DataNeeded
+from secateur.errors import DataNeeded, InvalidRecipe
 from secateur.measure.profile import count_macs
 from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
@@ -46,16 +46,21 @@ class Recoverer:
         self._step = 0
         if recipe.recovery.epochs and data is None:
             raise DataNeeded(f"The recovery {recipe.recovery.name!r} trains the network: pass data=.")
+        if recipe.criterion.learns and not recipe.recovery.epochs:
+            raise InvalidRecipe(
+                f"{recipe.criterion.name!r} learns while the network trains, and this recipe trains nothing: give a "
+                "recovery, for example recovery={'name': 'fine-tune', 'epochs': 5}."
+            )
 
-    def __call__(self, units: Units, level: Level, until: float) -> None:
+    def __call__(self, run: Run, level: Level, until: float) -> None:
         """Train for this level's share of the recovery."""
         settings = self._recipe.recovery
         if not isinstance(settings, FineTune) or self._data is None:
             return
-        total = self.total_steps(units.model, settings)
+        total = self.total_steps(run.units.model, settings)
         first = self._step
         last = self._step = first + round(until * total) - round(level.at * total)
-        trainer = self._trainer_of(units, settings)
+        trainer = self._trainer_of(run, settings)
         # A network that has become smaller may train for more steps: where this stretch lies is a matter of shares.
         begin = first - level.at * total
         span = (first, last) if self._recipe.schedule.restarts else (begin, begin + total)
@@ -71,8 +76,9 @@ class Recoverer:
             steps *= count_macs(self._dense, self._inputs).total / count_macs(model, self._inputs).total
         return max(1, round(steps))
 
-    def _trainer_of(self, units: Units, settings: FineTune) -> Trainer:
+    def _trainer_of(self, run: Run, settings: FineTune) -> Trainer:
         """Return the trainer, whose momentum is carried over cuts; a new one if the weights were set back."""
+        units = run.units
         rewound = self._recipe.weights_from != "same"  # old momentum has nothing to do with these weights
         if self._trainer is None or rewound:
             self._trainer = Trainer(
@@ -80,6 +86,7 @@ class Recoverer:
                 settings,
                 loss=self._loss,
                 teacher=self._dense if settings.needs_teacher else None,
+                hooks=() if run.hooks is None else (run.hooks,),
                 precision=self._precision,
             )
             if isinstance(units, CutUnits):

@@ -16,7 +16,7 @@ from time import monotonic
 
 from secateur.bench.jobs import Ended, Workplace, attempt
 from secateur.bench.records import Run
-from secateur.training.hooks import TrainingState
+from secateur.core.hooks import TrainingState
 
 _REPORT_SECONDS = 0.2
 """A job says at most so often how far it is."""

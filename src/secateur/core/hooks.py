@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +18,8 @@ class TrainingState:
         model: The model in training.
         optimizer: Its optimizer.
         step: Number of finished optimizer steps.
-        last_step: Number at which this training ends.
+        last_step: Number at which this stretch of training ends.
+        first_step: Number at which it began.
         loss: Loss of the present batch, detached.
         lr: Present learning rate.
     """
@@ -25,15 +28,24 @@ class TrainingState:
     optimizer: Optimizer
     step: int
     last_step: int
+    first_step: int = 0
     loss: float = float("nan")
     lr: float = float("nan")
 
+    @property
+    def progress(self) -> float:
+        """The finished share of this stretch, in [0, 1]."""
+        return (self.step - self.first_step) / max(1, self.last_step - self.first_step)
+
 
 class Hooks:
-    """Does nothing at every moment; methods override what they need."""
+    """Does nothing at every moment; methods override what they need.
+
+    A run's pruning moments divide its training into stretches; `on_start` and `on_end` come with each of them.
+    """
 
     def on_start(self, state: TrainingState) -> None:
-        """Called once, before the first step."""
+        """Called before the first step of a stretch."""
 
     def loss_term(self, state: TrainingState) -> Tensor | None:
         """Return a term to add to the loss of this batch, or None."""
@@ -46,4 +58,11 @@ class Hooks:
         """Called after the optimizer has moved and the masks were applied."""
 
     def on_end(self, state: TrainingState) -> None:
-        """Called once, after the last step."""
+        """Called after the last step of a stretch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs of what was learned: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
