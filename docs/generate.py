@@ -18,8 +18,12 @@ from typing import Any
 from benchmarks.coverage.table import PEERS, VERDICT_HEAD, failure, markdown_table, shares, verdicts
 
 import secateur as sc
+from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
-from secateur.bench.statistics import interval
+from secateur.bench.site.entries import budget_words
+from secateur.bench.statistics import Interval, interval
+from secateur.bench.store import Store
+from secateur.bench.summary import CONTROLS, Row, summarize
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "src/secateur/methods/*.md")
@@ -94,6 +98,46 @@ def criteria_table(method: str) -> str:
     return f"{markdown_table(head, rows)}\n\n{machine(record)}"
 
 
+def records_table(method: str) -> str:
+    """Return the official figures of one method on every benchmark, with the controls at the same budget beside it."""
+    store = Store(ROOT / "results" / "records")
+    parts = [_figures(find_benchmark(name), store, method) for name in benchmark_names()]
+    return "\n\n".join(filter(None, parts)) or "No official record of this method yet."
+
+
+def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
+    rows = [row for row in summarize(store.read(benchmark.name)[0], benchmark) if row.official and row.value is not None]
+    values = {(row.arm, row.granularity, row.budget): percent(row.value) for row in rows}
+    lines = [
+        (
+            f"{row.granularity}, {budget_words(row.budget)}",
+            *(values.get((arm, row.granularity, row.budget), "") for arm in (method, *CONTROLS)),
+            *(_difference(row, control) for control in ("random", "scratch-b")),
+        )
+        for row in rows
+        if row.arm == method and row.role == "method"
+    ]
+    if not lines:
+        return ""
+    head = ("units and budget", f"`{method}` (%)", *(f"{c} (%)" for c in CONTROLS), "minus random", "minus scratch-b")
+    dense = next((f" The dense network has {percent(row.value)} %." for row in rows if row.role == "dense"), "")
+    words = (
+        f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same recovery "
+        f"for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
+    )
+    return f"{words}\n\n{markdown_table(head, lines)}"
+
+
+def _difference(row: Row, control: str) -> str:
+    found = row.against.get(control)
+    return "" if found is None else f"{100 * found.difference.mean:+.2f} ({found.verdict})"
+
+
+def percent(found: Interval | None) -> str:
+    """Return an interval of shares as percent."""
+    return "" if found is None else f"{100 * found.mean:.2f} ± {100 * found.half_width:.2f}"
+
+
 def oracle_table() -> str:
     """Return the rank correlations of Taylor scores with the true change of the loss."""
     record = read("benchmarks/taylor_oracle.json")
@@ -144,6 +188,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "demo": demo_table,
     "criteria": criteria_table,
     "oracle": oracle_table,
+    "records": records_table,
     "benchmarks": benchmark_lines,
     "coverage": coverage_table,
 }
