@@ -106,7 +106,7 @@ def records_table(method: str) -> str:
 
 
 def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
-    rows = [row for row in summarize(store.read(benchmark.name)[0], benchmark) if row.official and row.value is not None]
+    rows = [row for row in summarize(store.read(benchmark.name)[0], benchmark) if row.official and row.value]
     values = {(row.arm, row.granularity, row.budget): percent(row.value) for row in rows}
     lines = [
         (
@@ -122,8 +122,8 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     head = ("units and budget", f"`{method}` (%)", *(f"{c} (%)" for c in CONTROLS), "minus random", "minus scratch-b")
     dense = next((f" The dense network has {percent(row.value)} %." for row in rows if row.role == "dense"), "")
     words = (
-        f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same recovery "
-        f"for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
+        f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same "
+        f"recovery for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
     )
     return f"{words}\n\n{markdown_table(head, lines)}"
 
