@@ -415,7 +415,8 @@ def test_a_resumed_training_equals_an_undisturbed_one_to_the_bit(granularity, st
     def parts():
         model, x = network()
         optimizer = OPTIMIZERS["adamw"](model.parameters())
-        return model, optimizer, pruner_for(model, x, optimizer, granularity=granularity)
+        schedule = {**HALFWAY, "momentum": 0.9}
+        return model, optimizer, pruner_for(model, x, optimizer, granularity=granularity, schedule=schedule)
 
     def go(model, optimizer, pruner, batches):
         for batch in batches:

@@ -179,6 +179,7 @@ class Pruner:
             "rounds": [asdict(done) for done in self.rounds],
             "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits) else None,
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
+            "scores": dict(self._run.scores),
             "learned": {} if self._run.hooks is None else self._run.hooks.state_dict(),
         }
 
@@ -201,6 +202,7 @@ class Pruner:
             raise PlanMismatch("This state is of another model: its units are not those of this one.")
         self.steps = state["steps"]
         self._run.rounds[:] = [engine.Round(**done) for done in state["rounds"]]
+        self._run.scores = dict(state["scores"])
         self._hold_masks()
         self._learning.end()
         self._learning.start(self.steps)

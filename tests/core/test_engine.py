@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.budgets import cost_of
+from secateur.core.context import Context
+from secateur.core.engine import Run
+from secateur.core.recipe import Recipe
+from secateur.core.slots import Scope
 from secateur.core.units import draw_fresh
 from secateur.errors import (
     BudgetUnreachable,
@@ -229,3 +234,35 @@ def test_unknown_options_are_named():
     model, x = toy("mlp")
     with pytest.raises(sc.SecateurError, match="unknown option 'granularty'"):
         sc.prune(model, x, budget=sc.Budget(macs=0.5), granularty="channel")
+
+
+@pytest.mark.parametrize(("granularity", "network"), [("weight", "mlp"), ("channel", "mlp"), ("depth", "resnet20")])
+def test_scores_are_averaged_over_the_pruning_moments_with_momentum(granularity, network):
+    model, x = toy(network)
+    schedule = {"name": "iterative", "steps": 3, "momentum": 0.9}
+    recipe = Recipe(criterion="random", granularity=granularity, schedule=schedule)
+    units = recipe.granularity.units(model, x, recipe.scope)
+    run = Run(recipe, units, sc.Budget(params=0.3), cost_of("params"))
+    first = Random().score(Context(units, seed=0))
+    expected = units.remaining(first, run.choose(first, run.levels[0].keep))
+    run.prune()
+    assert all(torch.equal(run.scores[g], expected[g]) for g in units.shapes)
+    for moment in (1, 2):
+        before, new = run.scores, Random().score(Context(units, seed=moment))
+        average = {g: 0.9 * before[g] + 0.1 * new[g] for g in new}
+        kept = run.choose(average, run.levels[moment].keep)
+        expected = units.remaining(average, kept)
+        run.prune()
+        assert run.scores.keys() == units.shapes.keys()
+        assert all(torch.equal(run.scores[g], expected[g]) and v == expected[g].shape for g, v in units.shapes.items())
+
+
+def test_what_remains_is_known_by_the_names_that_groups_have_afterwards():
+    model, x = toy("resnet20")
+    units = Recipe(criterion="random", granularity="depth").granularity.units(model, x, Scope())
+    values = {group: torch.arange(shape.numel()).float() for group, shape in units.shapes.items()}
+    kept = {group: values[group] != 0 for group in units.shapes}  # each group loses the branch that it is named after
+    left = units.remaining(values, kept)
+    assert units.keep(kept) and not left.keys() & kept.keys()
+    assert {group: v.shape for group, v in left.items()} == dict(units.shapes)
+    assert all(torch.equal(v, torch.arange(1.0, v.numel() + 1)) for v in left.values())

@@ -36,3 +36,9 @@ def test_schedules_are_monotone():
     for schedule in (Iterative(steps=7), Cubic(steps=9)):
         keeps = [1.0, *(level.keep for level in schedule.levels(0.1))]
         assert all(a > b for a, b in pairwise(keeps))
+
+
+def test_one_pruning_moment_has_no_earlier_scores():
+    with pytest.raises(InvalidRecipe, match="momentum"):
+        OneShot(momentum=0.5)
+    assert Iterative(momentum=0.5) != Iterative() == Iterative(momentum=0)

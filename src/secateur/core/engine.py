@@ -58,6 +58,7 @@ class Run:
     Attributes:
         levels: All pruning moments.
         rounds: What happened at those that are over.
+        scores: Those of the last one, of the units that are left.
         hooks: What the criterion does around training steps, if anything.
 
     Raises:
@@ -91,6 +92,7 @@ class Run:
             _checkpoint(checkpoints, key)
         self.levels = recipe.schedule.levels(self._target / self._dense)
         self.rounds: list[Round] = []
+        self.scores: Scores = {}
         if recipe.criterion.learns and self.levels[0].at == 0:
             raise InvalidRecipe(
                 f"{recipe.criterion.name!r} learns while the network trains, so the first cut must come later: give a "
@@ -108,8 +110,8 @@ class Run:
         recipe, units, level = self.recipe, self.units, self.levels[len(self.rounds)]
         context = Context(units, self._data, self._loss, 1000 * self.seed + len(self.rounds), self.hooks)
         with _weights_of(recipe.mask_from, units, self._checkpoints):
-            scores = recipe.criterion.score(context)
-        self._cut(context, self._priorities(scores), self._allowed(level))
+            self.scores = self._averaged(recipe.criterion.score(context))
+        self._cut(context, self._priorities(self.scores), self._allowed(level))
         if recipe.weights_from == "fresh":
             units.redraw()
         elif recipe.weights_from != "same":
@@ -129,6 +131,11 @@ class Run:
         return select(
             self._priorities(scores), self._cost_of(self.units), allowed, self.units.limits, self.budget.tolerance
         )
+
+    def _averaged(self, scores: Scores) -> Scores:
+        """Return the running average of the scores over the pruning moments, if the schedule asks for one."""
+        m, earlier = self.recipe.schedule.momentum, self.scores
+        return {g: m * earlier[g] + (1 - m) * new if m and g in earlier else new for g, new in scores.items()}
 
     def _priorities(self, scores: Scores) -> Scores:
         """Return what the allocation makes of the scores; units that are gone come last."""
@@ -160,10 +167,12 @@ class Run:
         repairs = type(repair) is not Repair
         before = {name: tensor.clone() for name, tensor in units.model.state_dict().items()} if repairs else {}
         repair.before_cut(context, kept)
+        scores_left = units.remaining(self.scores, kept)
         if not units.keep(kept):
             if repairs:
                 units.model.load_state_dict(before)
             return False
+        self.scores = scores_left
         repair.after_cut(context)
         return True
 

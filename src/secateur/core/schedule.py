@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ class OneShot(Schedule):
     """
 
     name = "one-shot"
+    momentum: Literal[0] = 0
     at: float = Field(0.0, ge=0, lt=1)
 
     def levels(self, keep: float) -> tuple[Level, ...]:
@@ -26,7 +27,11 @@ class OneShot(Schedule):
 
 
 class Iterative(Schedule):
-    """The same fraction of what is left, several times, with an equal share of the recovery after each (geometric)."""
+    """The same fraction of what is left, several times, with an equal share of the recovery after each (geometric).
+
+    Attributes:
+        steps: Number of pruning moments.
+    """
 
     name = "iterative"
     steps: int = Field(5, ge=1)

@@ -136,6 +136,8 @@ class Schedule(Slot):
     slot = "schedule"
     restarts: ClassVar[bool] = True
     """Whether the learning rate starts anew after each pruning moment."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Weight of the earlier scores: those of a pruning moment are averaged into m * earlier + (1 - m) * new."""
 
     @abstractmethod
     def levels(self, keep: float) -> tuple[Level, ...]:

@@ -105,6 +105,13 @@ class Units(ABC):
             more.
         """
 
+    def remaining(self, values: Scores, kept: Kept) -> Scores:
+        """Return what `values` say of the units that will be listed after ``keep(kept)``; called before it.
+
+        This base class is for units that are no longer listed once they are removed.
+        """
+        return {group: v[kept[group].to(v.device)] for group, v in values.items() if group in kept}
+
     @abstractmethod
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Give the kept part of the model the values of a state dict of the unpruned model."""

@@ -89,6 +89,12 @@ class DepthUnits(CutUnits):
         groups = self.groups
         return {branch.name: kept[g][i : i + 1].cpu() for g in kept for i, branch in enumerate(groups[g])}
 
+    def remaining(self, values: Scores, kept: Kept) -> Scores:
+        """Return the values of the branches that stay; a group is named after the first of them."""
+        groups = self.groups
+        left = {group: v for group, v in super().remaining(values, kept).items() if v.numel()}
+        return {groups[group][int(kept[group].int().argmax())].name: v for group, v in left.items()}
+
     def kept_in(self, plan: Plan) -> Kept:
         """Return which branches a plan does not drop."""
         dropped = {drop.module for drop in plan.dropped}

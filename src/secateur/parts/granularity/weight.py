@@ -70,6 +70,10 @@ class WeightUnits(Units):
         Masks(self.model, kept).apply()
         return True
 
+    def remaining(self, values: Scores, kept: Kept) -> Scores:
+        """Return the values themselves: masked entries stay listed."""
+        return values
+
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict, then zero the masked entries."""
         self.model.load_state_dict(state)
