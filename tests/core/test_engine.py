@@ -266,3 +266,10 @@ def test_what_remains_is_known_by_the_names_that_groups_have_afterwards():
     assert units.keep(kept) and not left.keys() & kept.keys()
     assert {group: v.shape for group, v in left.items()} == dict(units.shapes)
     assert all(torch.equal(v, torch.arange(1.0, v.numel() + 1)) for v in left.values())
+
+
+def test_what_is_gone_takes_no_share_of_what_a_group_may_keep():
+    model, x = toy("mlp")
+    found = prune(model, x, method="random", allocation="uniform", schedule={"name": "iterative", "steps": 3})
+    for mask in found.masks.values():
+        assert abs(int(mask.sum()) - mask.numel() / 2) <= 1

@@ -189,3 +189,23 @@ class Doubled2(Repair):
         with torch.no_grad():
             for weight in context.units.parameters().values():
                 weight *= 2
+
+
+def test_a_stretch_that_is_resumed_has_the_progress_that_it_had():
+    model, x, given = options(toy("mlp"))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, x, optimizers=sgd, total_steps=8, **given)
+
+    def steps(pruner, sgd, n):
+        for i in range(n):
+            inputs, target = given["data"][i % len(given["data"])]
+            (F.cross_entropy(pruner.model(inputs), target) + pruner.loss_term()).backward()
+            sgd.step()
+            pruner.step()
+
+    steps(pruner, sgd, 6)
+    again, _ = toy("mlp")
+    other = sc.Pruner(again, x, optimizers=torch.optim.SGD(again.parameters(), lr=0.1), total_steps=8, **given)
+    other.load_state_dict(pruner.state_dict())
+    states = [p._learning._state for p in (pruner, other)]
+    assert [(s.first_step, s.step, s.last_step, s.progress) for s in states] == [(4, 6, 8, 0.5)] * 2

@@ -85,3 +85,15 @@ def test_units_that_are_no_axes_and_layers_without_a_place_are_refused():
     units = channel.units(Reader(), torch.randn(2, 5, 4), Scope())
     with pytest.raises(NotApplicable, match="read by a LSTM"):
         Gates(units)
+
+
+def test_gates_may_change_while_they_are_applied_and_gradients_reach_them_again_and_again():
+    units, x = units_of("mlp")
+    gate = torch.ones(units.shapes["1"], requires_grad=True)
+    with Gates(units).applied({"1": gate}):
+        for value in (1.0, 0.0):
+            with torch.no_grad():
+                gate.fill_(value)
+            out = units.model(x)
+            torch.autograd.grad(out.square().sum(), gate)
+    torch.testing.assert_close(out, units.model[3:](torch.zeros(len(x), units.model[1].out_features)))

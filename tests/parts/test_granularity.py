@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.core.masks import Masks
+from secateur.core.recipe import Recipe
 from secateur.core.slots import Scope
 from secateur.parts.granularity.channel import Channel
 from secateur.parts.granularity.weight import Weight
@@ -72,3 +74,31 @@ def test_round_to_and_minimum_reach_the_selection():
     )
     sizes = [len(axis.kept) for axis in result.structure_plan.axes.values()]
     assert sizes and all(n % 4 == 0 for n in sizes)
+
+
+def test_spreading_is_the_adjoint_of_summing():
+    for network, granularity in (("vit", "channel"), ("resnet20", "channel"), ("resnet20", "depth"), ("mlp", "weight")):
+        model, x = toy(network)
+        units = Recipe(criterion="random", granularity=granularity).granularity.units(
+            model.double(), x.double(), Scope()
+        )
+        entries = {name: torch.randn_like(p) for name, p in units.parameters().items()}
+        values = {group: torch.randn(shape, dtype=torch.float64) for group, shape in units.shapes.items()}
+        there = sum((units.sum(entries)[g] * v).sum() for g, v in values.items())
+        back = sum((units.spread(values)[n] * e).sum() for n, e in entries.items())
+        torch.testing.assert_close(there, back)
+
+
+def test_exchanged_masks_reach_the_optimizer_that_holds_them():
+    model, x = toy("mlp")
+    units = Weight().units(model, x, Scope(include=("1.weight",)))
+    first = torch.rand(32, 48) < 0.3
+    units.keep({"1.weight": first})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    Masks(model, units.masks).attach(sgd)
+    second = torch.rand(32, 48) < 0.3
+    units.exchange({"1.weight": second})
+    assert not model[1].weight[~(first & second)].any()
+    model(x).square().sum().backward()
+    sgd.step()
+    assert not model[1].weight[~second].any() and model[1].weight[second & ~first].any()

@@ -138,13 +138,15 @@ class Run:
         return {g: m * earlier[g] + (1 - m) * new if m and g in earlier else new for g, new in scores.items()}
 
     def _priorities(self, scores: Scores) -> Scores:
-        """Return what the allocation makes of the scores; units that are gone come last."""
+        """Return what the allocation makes of the scores; units that are gone come last, within their group too."""
         self.units.check(scores)
-        priorities = self.recipe.allocation.rank(scores)
+        priorities = self.recipe.allocation.rank(self._without_gone(scores))
         self.units.check(priorities)
-        for group, gone in self.units.removed().items():
-            priorities[group] = priorities[group].masked_fill(gone, -torch.inf)
-        return priorities
+        return self._without_gone(priorities)
+
+    def _without_gone(self, scores: Scores) -> Scores:
+        gone = self.units.removed()
+        return {g: s.masked_fill(gone[g].to(s.device), -torch.inf) if g in gone else s for g, s in scores.items()}
 
     def _allowed(self, level: Level) -> float:
         return self._target if level is self.levels[-1] else level.keep * self._dense

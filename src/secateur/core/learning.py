@@ -31,12 +31,16 @@ class Learning:
         self._handle: RemovableHandle | None = None
 
     def start(self, step: int) -> None:
-        """Begin a stretch of training that ends with the next pruning moment, or with the training."""
+        """Begin a stretch of training that ends with the next pruning moment, or with the training.
+
+        After a checkpoint was loaded, `step` lies inside the stretch.
+        """
         if self._run.hooks is None or step >= self._total_steps:
             return
-        level = self._run.next_level
+        done, level = len(self._run.rounds), self._run.next_level
+        first = max(1, math.ceil(self._run.levels[done - 1].at * self._total_steps)) if done else 0
         last = self._total_steps if level is None else math.ceil(level.at * self._total_steps)
-        self._state = state = TrainingState(self._run.units.model, self._optimizer, step, last, step)
+        self._state = state = TrainingState(self._run.units.model, self._optimizer, step, last, first)
         hooks = self._run.hooks
         hooks.on_start(state)
         self._handle = self._optimizer.register_step_pre_hook(lambda *_: hooks.after_backward(state))

@@ -88,6 +88,21 @@ class Units(ABC):
             consumed: Count only entries that a unit's consumers multiply it with (the input side of the next layer).
         """
 
+    def spread(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return, for each entry of each parameter, the sum of the values of the units that it belongs to.
+
+        The adjoint of `sum`: what a unit is given, each of its entries gets.
+
+        Args:
+            values: One number per unit, by group.
+        """
+        entries = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.parameters().items()}
+        with torch.enable_grad():
+            sums = self.sum(entries)
+            total = torch.stack([(sums[group] * value.to(sums[group])).sum() for group, value in values.items()]).sum()
+        found = torch.autograd.grad(total, list(entries.values()), materialize_grads=True)
+        return dict(zip(entries, found, strict=True))
+
     @abstractmethod
     def obstacles(self) -> list[str]:
         """Return why units of this model may not be removed, one reason each."""

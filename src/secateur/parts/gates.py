@@ -54,7 +54,7 @@ class Gates:
 
         Args:
             gates: By group; of shape (units,), or (samples, units) for factors per sample. Groups that are not named
-                are not gated.
+                are not gated. Their values may change in place meanwhile.
         """
         with ExitStack() as stack:
             for module, reads, dim, group, index in self._places:
@@ -68,16 +68,20 @@ class Gates:
 
 class _Gate:
     def __init__(self, values: Tensor, dim: int, index: Tensor) -> None:
-        inside = (index >= 0).to(values.device)
-        picked = values[..., index.clamp_min(0).to(values.device)]
-        self._factor, self._dim = torch.where(inside, picked, torch.ones_like(picked)), dim
+        self._values, self._dim, self._index = values, dim, index.to(values.device)
+
+    def _factor(self) -> Tensor:
+        """Return the factor of each index; read anew in every call, so that values may change in between."""
+        inside, picked = self._index >= 0, self._values[..., self._index.clamp_min(0)]
+        return torch.where(inside, picked, torch.ones_like(picked))
 
     def __call__(self, x: Tensor) -> Tensor:
+        factor = self._factor()
         shape = [1] * x.dim()
         shape[self._dim] = x.shape[self._dim]
-        if self._factor.dim() == 2:
+        if factor.dim() == 2:
             shape[0] = x.shape[0]
-        return x * self._factor.to(x.dtype).view(shape)
+        return x * factor.to(x.dtype).view(shape)
 
     def of_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self(inputs[0]), *inputs[1:])

@@ -56,6 +56,10 @@ class WeightUnits(Units):
         """Return the values themselves: a unit has one entry."""
         return {name: values[name] for name in self._parameters}
 
+    def spread(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values themselves: a unit has one entry."""
+        return {name: values[name].to(parameter) for name, parameter in self._parameters.items()}
+
     def removed(self) -> Kept:
         """Return the entries that are masked."""
         return {name: ~mask for name, mask in self.masks.items()}
@@ -66,13 +70,25 @@ class WeightUnits(Units):
 
     def keep(self, kept: Kept) -> bool:
         """Zero all other entries; always possible."""
-        self.masks = kept
-        Masks(self.model, kept).apply()
+        self.masks = {name: mask.to(self._parameters[name].device, copy=True) for name, mask in kept.items()}
+        Masks(self.model, self.masks).apply()
         return True
 
     def remaining(self, values: Scores, kept: Kept) -> Scores:
         """Return the values themselves: masked entries stay listed."""
         return values
+
+    def exchange(self, kept: Kept) -> None:
+        """Mask other entries than before, in place, so that whoever holds the masks follows; mutates `model`.
+
+        Entries that come back are zero, and may be trained from now on.
+
+        Args:
+            kept: What is kept now, for the parameters that are masked.
+        """
+        for name, mask in kept.items():
+            self.masks[name].copy_(mask)
+        Masks(self.model, self.masks).apply()
 
     def reset(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict, then zero the masked entries."""
