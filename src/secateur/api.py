@@ -53,7 +53,9 @@ def prune(  # the one call that ties everything together, so it has many options
         calibration: Batches for scores, if not `data`.
         validation: Batches for an accuracy per epoch of the recovery.
         example_kwargs: Further keyword arguments of the example call.
-        checkpoints: State dicts of the unpruned model at other moments: ``"init"``, or training steps.
+        checkpoints: State dicts of the unpruned model at other moments: ``"init"``, or training steps. For a recipe
+            that takes mask and weights from ``init``, or that cuts only after some training, `model` itself is the
+            initial network unless ``"init"`` is given.
         on_step: Called after each training step, for progress bars.
         precision: Of the recovery: ``32-true`` or ``bf16-mixed``.
         seed: Controls every random choice.

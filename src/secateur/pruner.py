@@ -54,7 +54,7 @@ class Pruner:
         loss: (output, target) -> scalar, for the scores; default: the model's own for mappings, else cross-entropy.
         copies: Networks to prune along, with weights of their own: ``AveragedModel``, deep copies, EMA.
         example_kwargs: Further keyword arguments of the example call.
-        checkpoints: State dicts of the unpruned model at other moments: ``"init"``, or training steps.
+        checkpoints: State dicts of the unpruned model at other moments: ``"init"``, or training steps; see `prune`.
         seed: Controls every random choice of the pruning; the random state of the training is not touched.
         **slots: Other answers to a recipe's questions, as for `prune`; not recovery.
 
@@ -180,6 +180,7 @@ class Pruner:
             "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits) else None,
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
             "scores": dict(self._run.scores),
+            "init": self._run.initial,
             "learned": {} if self._run.hooks is None else self._run.hooks.state_dict(),
         }
 
@@ -201,6 +202,7 @@ class Pruner:
         if state["rounds"] and ({g: m.shape for g, m in kept.items()} != dict(units.shapes) or not units.keep(kept)):
             raise PlanMismatch("This state is of another model: its units are not those of this one.")
         self.steps = state["steps"]
+        self._run.initial = dict(state["init"])
         self._run.rounds[:] = [engine.Round(**done) for done in state["rounds"]]
         self._run.scores = dict(state["scores"])
         self._hold_masks()

@@ -7,7 +7,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.core.slots import Scope
-from secateur.errors import DataNeeded, NotApplicable
+from secateur.errors import DataNeeded, InvalidRecipe, NotApplicable
 from secateur.parts.granularity.weight import Weight
 from secateur.testing.toys import toy, toy_batches
 
@@ -154,3 +154,42 @@ def test_frozen_parameters_get_gradients_too():
     model[0].weight.requires_grad_(False)
     found = context_of(model, data[0][0], data).gradients()["0.weight"]
     assert torch.equal(found, expected)
+
+
+def test_a_context_at_other_values_gives_their_gradients_and_curvature_and_leaves_the_model_alone():
+    model, data = two_layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    context = context_of(model, data[0][0], data)
+    here = context.gradients()
+    values = {name: 0.5 * weight for name, weight in context.weights.items()}
+    halved = context.but(values=values)
+    assert halved.weights["0.weight"] is not model[0].weight and torch.equal(
+        halved.weights["0.weight"], values["0.weight"]
+    )
+    there, curved = halved.gradients(), halved.hessian_vector_product(here)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not values["0.weight"].requires_grad and context.gradients() is here
+    with torch.no_grad():
+        model[0].weight *= 0.5
+        model[2].weight *= 0.5
+    moved = context_of(model, data[0][0], data)
+    for name, gradient in moved.gradients().items():
+        torch.testing.assert_close(there[name], gradient)
+        torch.testing.assert_close(curved[name], moved.hessian_vector_product(here)[name])
+    assert context.samples_used == halved.samples_used == 3 * 7
+
+
+def test_a_context_with_another_loss_shares_everything_else():
+    model, data = two_layers()
+    context = context_of(model, data[0][0], data)
+    doubled = context.but(loss=lambda output, target: 2 * F.cross_entropy(output, target))
+    for name, gradient in context.gradients().items():
+        torch.testing.assert_close(doubled.gradients()[name], 2 * gradient)
+
+
+def test_only_a_run_can_choose():
+    model, data = two_layers()
+    context = context_of(model, data[0][0], data)
+    assert context.keep == 1.0
+    with pytest.raises(InvalidRecipe, match="only a pruning run"):
+        context.choose(context.weights, 0.5)

@@ -14,7 +14,7 @@ from secateur.budgets import cost_of
 from secateur.core.context import Context
 from secateur.core.engine import Run
 from secateur.core.recipe import Recipe
-from secateur.core.slots import Scope
+from secateur.core.slots import Repair, Scope
 from secateur.core.units import draw_fresh
 from secateur.errors import (
     BudgetUnreachable,
@@ -102,6 +102,62 @@ def test_missing_checkpoints_are_named():
         prune(model, x, weights_from="init", checkpoints={100: model.state_dict()})
     with pytest.raises(MissingCheckpoint, match="given: none"):
         prune(model, x, mask_from="init")
+
+
+def test_a_network_that_all_training_comes_after_is_its_own_init():
+    model, x = toy("mlp")
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    both = {"mask_from": "init", "weights_from": "init"}
+    assert all(torch.equal(m, prune(model, x, **both).masks[n]) for n, m in prune(model, x).masks.items())
+    with pytest.raises(MissingCheckpoint, match="given: none"):
+        prune(model, x, mask_from="end", weights_from="init")  # rewinding a network to itself
+    options = {"method": "magnitude", "budget": sc.Budget(sparsity=0.5), "weights_from": "init"}
+    schedule = {"name": "one-shot", "at": 0.5}
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, x, optimizers=sgd, total_steps=2, schedule=schedule, **options)
+    for inputs, target in toy_batches("mlp")[:1]:
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), target).backward()
+        sgd.step()
+    state = pruner.state_dict()
+    for go_on in (False, True):
+        if go_on:
+            model, _ = toy("mlp")
+            with torch.no_grad():
+                model[1].weight *= 2  # whatever stands there when a run is taken up again
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            pruner = sc.Pruner(model, x, optimizers=sgd, total_steps=2, schedule=schedule, **options)
+            pruner.load_state_dict(state)
+        pruner.step()
+        kept = pruner._run.units.masks["1.weight"]
+        assert torch.equal(model[1].weight, initial["1.weight"] * kept) and not kept.all()
+
+
+def test_several_cuts_before_any_training_leave_the_whole_recovery_to_the_last():
+    model, x = toy("mlp")
+    schedule = {"name": "iterative", "steps": 4, "span": 0}
+    recovery = {"name": "fine-tune", "epochs": 2, "lr": 0.01}
+    data = toy_batches("mlp")
+    options = {"budget": sc.Budget(sparsity=0.9), "data": data, "recovery": recovery}
+    found = prune(model, x, schedule=schedule, **options)
+    expected = prune(model, x, **options)
+    assert len(found.rounds) == 4 and found.history[-1]["step"] == 2 * len(data)
+    assert all(torch.equal(t, found.model.state_dict()[n]) for n, t in expected.model.state_dict().items())
+
+
+class ToOne(Repair):
+    name = "to one (test)"
+
+    def after_cut(self, context):
+        with torch.no_grad():
+            for weight in context.units.parameters().values():
+                weight[weight != 0] = 1
+
+
+def test_the_repair_has_the_last_word_about_weights_that_were_set_back():
+    model, x = toy("mlp")
+    result = prune(model, x, weights_from="init", checkpoints={"init": model.state_dict()}, repair=ToOne())
+    assert torch.equal(result.model[1].weight, result.masks["1.weight"].float())
 
 
 def test_iterative_rounds_reach_exactly_the_budget_and_are_nested():

@@ -18,6 +18,11 @@ def test_iterative_removes_the_same_fraction_each_time_and_ends_exactly():
     assert levels[-1].keep == 0.0625 and [level.at for level in levels] == [0, 0.25, 0.5, 0.75]
 
 
+def test_iterative_cuts_lie_within_their_span():
+    assert [level.at for level in Iterative(steps=4, span=0.5).levels(0.1)] == [0, 0.125, 0.25, 0.375]
+    assert [level.at for level in Iterative(steps=4, span=0).levels(0.1)] == [0, 0, 0, 0]
+
+
 def test_cubic_follows_the_formula():
     levels = Cubic(steps=4, start=0.0, end=0.6).levels(0.2)
     expected = [1 - 0.8 * (1 - (1 - i / 4) ** 3) for i in (1, 2, 3, 4)]

@@ -5,9 +5,11 @@ Whatever is asked, the model is left bit-identical: parameters, buffers, gradien
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +17,25 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.hooks import Hooks
-from secateur.core.units import Scores, Units
-from secateur.errors import DataNeeded, NotApplicable
+from secateur.core.units import Kept, Scores, Units
+from secateur.errors import DataNeeded, InvalidRecipe, NotApplicable
 
 Values = dict[str, Tensor]
 """One tensor per prunable parameter, by name."""
 
 Collect = Callable[[str, nn.Module, Tensor, Tensor], None]
 """Called with (parameter name, module, its first input, its output)."""
+
+Choose = Callable[[Scores, float], Kept]
+"""Called with (scores, share of the dense cost that may stay); returns what a cut would keep."""
+
+
+@dataclass
+class _Usage:
+    """How much data went through the model."""
+
+    batches: int = 0
+    samples: int = 0
 
 
 class Context:
@@ -31,9 +44,8 @@ class Context:
     Attributes:
         units: The units to score.
         generator: A random generator that the run's seed controls.
-        batches_used: Batches that went through the model so far, repeated passes counted.
-        samples_used: Samples likewise.
         learned: What the criterion has learned in training, if it has hooks of its own.
+        keep: Share of the dense cost that stays at this cut; 1 outside of a pruning run.
     """
 
     def __init__(
@@ -43,15 +55,58 @@ class Context:
         loss: Loss | None = None,
         seed: int = 0,
         learned: Hooks | None = None,
+        keep: float = 1.0,
+        choose: Choose | None = None,
     ) -> None:
         self.units = units
         self.learned = learned
+        self.keep = keep
         self.generator = torch.Generator().manual_seed(seed)
-        self.batches_used = 0
-        self.samples_used = 0
+        self._used = _Usage()
         self._data = data
         self._loss = loss
+        self._choose = choose
+        self._values: Values = {}
         self._gradients: Values | None = None
+
+    def but(self, *, loss: Loss | None = None, values: Mapping[str, Tensor] | None = None) -> Self:
+        """Return the same view with another loss, or with other values of some parameters; the model stays as it is.
+
+        The data that it uses count here too.
+
+        Args:
+            loss: (output, target) -> scalar.
+            values: Parameters by name; gradients are those at these values.
+        """
+        other = copy.copy(self)
+        other._loss = loss or self._loss
+        other._values = {**self._values, **(values or {})}
+        other._gradients = None
+        return other
+
+    @property
+    def batches_used(self) -> int:
+        """Batches that went through the model so far, repeated passes counted."""
+        return self._used.batches
+
+    @property
+    def samples_used(self) -> int:
+        """Samples that went through the model so far, repeated passes counted."""
+        return self._used.samples
+
+    def choose(self, scores: Scores, keep: float) -> Kept:
+        """Return the units that a cut by these scores would keep; nothing is cut.
+
+        Args:
+            scores: One per unit; higher = keep.
+            keep: Share of the dense cost that may stay.
+
+        Raises:
+            InvalidRecipe: There is no pruning run that could cut.
+        """
+        if self._choose is None:
+            raise InvalidRecipe("This criterion chooses while it scores, which only a pruning run can do: use prune().")
+        return self._choose(scores, keep)
 
     @property
     def model(self) -> nn.Module:
@@ -61,7 +116,7 @@ class Context:
     @property
     def weights(self) -> Values:
         """The prunable parameters, detached; no copies."""
-        return {name: parameter.detach() for name, parameter in self.units.parameters().items()}
+        return {name: self._values.get(name, p).detach() for name, p in self.units.parameters().items()}
 
     def sum_over_units(self, values: Mapping[str, Tensor], consumed: bool = False) -> Scores:
         """Return, for each unit, the sum of element-wise values over its entries; see `Units.sum`."""
@@ -76,7 +131,7 @@ class Context:
         """Return the model's output; its buffers stay as they are. Inside `undisturbed`."""
         args, kwargs, _ = split_batch(batch)
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return torch.func.functional_call(self.model, buffers, args, kwargs)
+        return torch.func.functional_call(self.model, {**buffers, **self._values}, args, kwargs)
 
     def loss_of(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch, with its graph. Inside `undisturbed`."""
@@ -84,9 +139,9 @@ class Context:
         return loss(self.forward(batch), split_batch(batch)[2])
 
     @contextmanager
-    def undisturbed(self) -> Iterator[list[nn.Parameter]]:
+    def undisturbed(self) -> Iterator[list[Tensor]]:
         """Eval mode, own random state, gradients of the prunable parameters switched on; all restored."""
-        parameters = list(self.units.parameters().values())
+        parameters = [self._values.get(name, parameter) for name, parameter in self.units.parameters().items()]
         modes = [(module, module.training) for module in self.model.modules()]
         frozen = [p for p in parameters if not p.requires_grad]
         with torch.random.fork_rng(), torch.enable_grad():
@@ -196,8 +251,8 @@ class Context:
         for batch in self._data:
             empty = False
             n = batch_size(batch)
-            self.batches_used += 1
-            self.samples_used += n
+            self._used.batches += 1
+            self._used.samples += n
             yield to_model(batch, self.model), n
         if empty:
             raise DataNeeded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,7 +52,9 @@ class Run:
         cost_of: The cost of the budgeted quantity by kept units.
         data: What the criterion may look at.
         loss: Loss for criteria that need gradients.
-        checkpoints: Weights of other moments, for `mask_from` and `weights_from`.
+        checkpoints: Weights of other moments, for `mask_from` and `weights_from`. Without ``init``, the weights that
+            the run begins with are the initial ones if all training comes after that moment, or if both mask and
+            weights are to come from ``init``.
         seed: Controls every random choice.
 
     Attributes:
@@ -60,6 +62,7 @@ class Run:
         rounds: What happened at those that are over.
         scores: Those of the last one, of the units that are left.
         hooks: What the criterion does around training steps, if anything.
+        initial: The weights that the run began with, if they are the recipe's ``init``; else empty.
 
     Raises:
         NothingPrunable: There is no unit.
@@ -85,12 +88,16 @@ class Run:
                 "No unit of this model may be removed. `secateur inspect` shows what is frozen and why."
             )
         self.recipe, self.units, self.budget, self.seed = recipe, units, budget, seed
-        self._cost_of, self._data, self._loss, self._checkpoints = cost_of, data, loss, checkpoints
+        self._cost_of, self._data, self._loss = cost_of, data, loss
         live = units.alive() if recipe.weights_from == "same" else units.counts()
         self._dense, self._target = _target(units, live, budget, cost_of(units))
-        for key in {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}:
-            _checkpoint(checkpoints, key)
         self.levels = recipe.schedule.levels(self._target / self._dense)
+        wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
+        begins = _begins_at_init(recipe, self.levels) and "init" in wanted - (checkpoints or {}).keys()
+        self.initial = _copied_state(units) if begins else {}
+        self._checkpoints = checkpoints or {}
+        for key in wanted:
+            self._checkpoint(key)
         self.rounds: list[Round] = []
         self.scores: Scores = {}
         if recipe.criterion.learns and self.levels[0].at == 0:
@@ -106,16 +113,17 @@ class Run:
         return self.levels[len(self.rounds)] if len(self.rounds) < len(self.levels) else None
 
     def prune(self) -> Round:
-        """Carry out the next pruning moment: score, select, remove, and set the weights back if the recipe says so."""
+        """Carry out the next pruning moment: score, select, remove, set weights back if the recipe says so, repair."""
         recipe, units, level = self.recipe, self.units, self.levels[len(self.rounds)]
-        context = Context(units, self._data, self._loss, 1000 * self.seed + len(self.rounds), self.hooks)
-        with _weights_of(recipe.mask_from, units, self._checkpoints):
+        context = self._context(level)
+        with self._weights_of(recipe.mask_from):
             self.scores = self._averaged(recipe.criterion.score(context))
         self._cut(context, self._priorities(self.scores), self._allowed(level))
         if recipe.weights_from == "fresh":
             units.redraw()
         elif recipe.weights_from != "same":
-            units.reset(_checkpoint(self._checkpoints, recipe.weights_from))
+            units.reset(self._checkpoint(recipe.weights_from))
+        recipe.repair.after_cut(context)
         counts = units.counts()
         self.rounds.append(Round(level.keep, self._cost_of(units)(counts), counts, context.samples_used))
         return self.rounds[-1]
@@ -136,6 +144,34 @@ class Run:
         """Return the running average of the scores over the pruning moments, if the schedule asks for one."""
         m, earlier = self.recipe.schedule.momentum, self.scores
         return {g: m * earlier[g] + (1 - m) * new if m and g in earlier else new for g, new in scores.items()}
+
+    def _context(self, level: Level) -> Context:
+        seed = 1000 * self.seed + len(self.rounds)
+        return Context(self.units, self._data, self._loss, seed, self.hooks, level.keep, self.choose)
+
+    @contextmanager
+    def _weights_of(self, source: str | int) -> Iterator[None]:
+        """Score on the weights of another moment; the live ones come back afterwards."""
+        if source == "end":
+            yield
+            return
+        live = _copied_state(self.units)
+        try:
+            self.units.reset(self._checkpoint(source))
+            yield
+        finally:
+            self.units.model.load_state_dict(live)
+
+    def _checkpoint(self, key: str | int) -> Mapping[str, Tensor]:
+        if key in self._checkpoints:
+            return self._checkpoints[key]
+        if key == "init" and self.initial:
+            return self.initial
+        have = ", ".join(map(repr, self._checkpoints)) or "none"
+        raise MissingCheckpoint(
+            f"The recipe takes weights of the checkpoint {key!r}; given: {have}. "
+            "Pass checkpoints={key: state_dict} with the unpruned model's state at that moment."
+        )
 
     def _priorities(self, scores: Scores) -> Scores:
         """Return what the allocation makes of the scores; units that are gone come last, within their group too."""
@@ -164,19 +200,18 @@ class Run:
                 )
 
     def _keep(self, context: Context, kept: Kept) -> bool:
-        """Remove all other units and repair what stays; if that is impossible, everything is as before."""
+        """Repair what stays and remove all other units; if that is impossible, everything is as before."""
         repair, units = self.recipe.repair, self.units
         repairs = type(repair) is not Repair
-        before = {name: tensor.clone() for name, tensor in units.model.state_dict().items()} if repairs else {}
+        before = _copied_state(units) if repairs else {}
         repair.before_cut(context, kept)
         scores_left = units.remaining(self.scores, kept)
-        if not units.keep(kept):
-            if repairs:
-                units.model.load_state_dict(before)
-            return False
-        self.scores = scores_left
-        repair.after_cut(context)
-        return True
+        if units.keep(kept):
+            self.scores = scores_left
+            return True
+        if repairs:
+            units.model.load_state_dict(before)
+        return False
 
 
 def run(pruning: Run, recover: Recover) -> list[Round]:
@@ -186,7 +221,8 @@ def run(pruning: Run, recover: Recover) -> list[Round]:
         recover(pruning, Level(0.0, 1.0), levels[0].at)
     for level, until in zip(levels, [*(level.at for level in levels[1:]), 1.0], strict=True):
         pruning.prune()
-        recover(pruning, level, until)
+        if until > level.at:
+            recover(pruning, level, until)
     return pruning.rounds
 
 
@@ -209,25 +245,14 @@ def _target(units: Units, live: Mapping[str, int], budget: Budget, cost: Cost) -
     return dense, target
 
 
-@contextmanager
-def _weights_of(source: str | int, units: Units, checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Score on the weights of another moment; the live ones come back afterwards."""
-    if source == "end":
-        yield
-        return
-    live = {name: tensor.clone() for name, tensor in units.model.state_dict().items()}
-    try:
-        units.reset(_checkpoint(checkpoints, source))
-        yield
-    finally:
-        units.model.load_state_dict(live)
+def _begins_at_init(recipe: Recipe, levels: Sequence[Level]) -> bool:
+    """Return whether the network that a run begins with can be taken for the untrained one.
+
+    It can if all training comes after the beginning, or if the recipe wants nothing of a trained network. Otherwise the
+    given network is a trained one, and rewinding it to itself would do nothing.
+    """
+    return levels[0].at > 0 or (recipe.mask_from == "init" and recipe.weights_from == "init")
 
 
-def _checkpoint(checkpoints: Checkpoints | None, key: str | int) -> Mapping[str, Tensor]:
-    if checkpoints is None or key not in checkpoints:
-        have = ", ".join(map(repr, checkpoints or ())) or "none"
-        raise MissingCheckpoint(
-            f"The recipe takes weights of the checkpoint {key!r}; given: {have}. "
-            "Pass checkpoints={key: state_dict} with the unpruned model's state at that moment."
-        )
-    return checkpoints[key]
+def _copied_state(units: Units) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in units.model.state_dict().items()}

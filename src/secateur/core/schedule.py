@@ -27,19 +27,22 @@ class OneShot(Schedule):
 
 
 class Iterative(Schedule):
-    """The same fraction of what is left, several times, with an equal share of the recovery after each (geometric).
+    """The same fraction of what is left, several times (geometric).
 
     Attributes:
         steps: Number of pruning moments.
+        span: The part of the recovery that they divide into equal stretches, one after each; what is left trains the
+            final network. 1: all of it; 0: all cuts come before any training.
     """
 
     name = "iterative"
     steps: int = Field(5, ge=1)
+    span: float = Field(1.0, ge=0, le=1)
 
     def levels(self, keep: float) -> tuple[Level, ...]:
         """Return keep^(1/n), keep^(2/n), ..., keep."""
         n = self.steps
-        return tuple(Level(i / n, keep if i == n - 1 else keep ** ((i + 1) / n)) for i in range(n))
+        return tuple(Level(self.span * i / n, keep if i == n - 1 else keep ** ((i + 1) / n)) for i in range(n))
 
 
 class Cubic(Schedule):

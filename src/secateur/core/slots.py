@@ -167,7 +167,7 @@ class Repair(Slot):
         """Change the weights of the network that is about to lose all units but `kept`; mutates the model."""
 
     def after_cut(self, context: Context) -> None:
-        """Change what the cut network remembers (running statistics); mutates the model."""
+        """Change the cut network, whose weights were set back if the recipe says so; mutates the model."""
 
 
 class Scope(Value):
