@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.hooks import Hooks
+from secateur.core.layers import input_rows
 from secateur.core.units import Kept, Scores, Units
-from secateur.errors import DataNeeded, InvalidRecipe, NotApplicable
+from secateur.errors import DataNeeded, InvalidRecipe
 
 Values = dict[str, Tensor]
 """One tensor per prunable parameter, by name."""
@@ -138,6 +138,17 @@ class Context:
         loss = self._loss or default_loss(batch)
         return loss(self.forward(batch), split_batch(batch)[2])
 
+    def mean_over_processes(self, values: Values, n: int) -> Values:
+        """Return the means over all processes, each with the weight `n`, so that all see the same; mutates `values`."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return values
+        total = torch.tensor(float(n), dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        for value in values.values():
+            value.mul_(n / total.item())
+            torch.distributed.all_reduce(value)
+        return values
+
     @contextmanager
     def undisturbed(self) -> Iterator[list[Tensor]]:
         """Eval mode, own random state, gradients of the prunable parameters switched on; all restored."""
@@ -189,7 +200,7 @@ class Context:
                 first = torch.autograd.grad(self.loss_of(batch), parameters, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * vectors[name]).sum() for g, name in zip(first, names, strict=True)]).sum()
                 second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-            products = self._mean_over_processes(dict(zip(names, second, strict=True)), n)
+            products = self.mean_over_processes(dict(zip(names, second, strict=True)), n)
             samples += n
             torch._foreach_add_(list(total.values()), list(products.values()), alpha=n)
         torch._foreach_div_(list(total.values()), samples)
@@ -199,7 +210,7 @@ class Context:
         for batch, n in self._batches():
             with self.undisturbed() as parameters:
                 gradient = torch.autograd.grad(self.loss_of(batch), parameters, materialize_grads=True)
-            yield self._mean_over_processes(dict(zip(self.units.parameters(), gradient, strict=True)), n), n
+            yield self.mean_over_processes(dict(zip(self.units.parameters(), gradient, strict=True)), n), n
 
     # ------------------------------------------------------------------------------------------ activations
 
@@ -232,13 +243,14 @@ class Context:
         counts: dict[str, int] = {}
 
         def collect(name: str, module: nn.Module, x: Tensor, _: Tensor) -> None:
-            rows = _input_rows(module, x).double()
+            rows = input_rows(module, x).double()
             moment = torch.einsum("gri,grj->gij", rows, rows)
             sums[name] = sums[name] + moment if name in sums else moment
             counts[name] = counts.get(name, 0) + rows.shape[1]
 
         self.activations(collect)
-        return {name: (moment / counts[name]).squeeze(0) for name, moment in sums.items()}
+        means = {name: self.mean_over_processes({name: s / counts[name]}, counts[name]) for name, s in sums.items()}
+        return {name: mean[name].squeeze(0) for name, mean in means.items()}
 
     # ----------------------------------------------------------------------------------------------- inside
 
@@ -258,26 +270,3 @@ class Context:
             raise DataNeeded(
                 "The data are empty. If they are a generator, pass a list or a DataLoader: it is read twice."
             )
-
-    def _mean_over_processes(self, values: Values, n: int) -> Values:
-        """Return the mean over the samples of all processes, so that every process sees the same scores."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return values
-        total = torch.tensor(float(n), dtype=torch.float64)
-        torch.distributed.all_reduce(total)
-        for value in values.values():
-            value.mul_(n / total.item())
-            torch.distributed.all_reduce(value)
-        return values
-
-
-def _input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """Return a layer's input as (groups, samples and positions, columns of the weight)."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    if isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple):
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        n, columns, positions = patches.shape
-        grouped = patches.view(n, module.groups, columns // module.groups, positions)
-        return grouped.permute(1, 0, 3, 2).reshape(module.groups, n * positions, columns // module.groups)
-    raise NotApplicable(f"Second moments are known for Linear and Conv2d layers, not for {type(module).__name__}.")

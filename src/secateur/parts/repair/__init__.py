@@ -1,0 +1,1 @@
+"""What happens to the kept weights at a cut."""
