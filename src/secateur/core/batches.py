@@ -30,6 +30,18 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     return F.cross_entropy(getattr(output, "logits", output), target)
 
 
+def logits_and_labels(output: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of an output, and the labels of a target that may be a mapping.
+
+    Raises:
+        DataNeeded: The target has no labels.
+    """
+    labels = target.get("labels") if isinstance(target, Mapping) else target
+    if not isinstance(labels, Tensor):
+        raise DataNeeded("This needs labels: batches (inputs, target), or mappings with 'labels'.")
+    return getattr(output, "logits", output), labels
+
+
 def own_loss(output: Any, target: Any) -> Tensor:
     """Return the loss that the model itself has computed (``output.loss``)."""
     loss: Tensor = output.loss
