@@ -68,6 +68,14 @@ def test_hessian_vector_product_equals_the_full_hessian():
     assert torch.allclose(torch.cat([found[n].flatten() for n in names]), expected, rtol=1e-8, atol=1e-12)
 
 
+def test_attention_has_second_derivatives_and_its_hessian_is_symmetric():
+    model, x = toy("vit")
+    context = context_of(model.double(), x.double(), [(x.double(), torch.tensor([3, 4]))])
+    a, b = ({n: torch.randn_like(w) for n, w in context.weights.items()} for _ in range(2))
+    dot = lambda u, v: sum(float((u[n] * v[n]).sum()) for n in u)  # noqa: E731
+    assert dot(a, context.hessian_vector_product(b)) == pytest.approx(dot(b, context.hessian_vector_product(a)))
+
+
 def test_second_moments_of_linear_and_convolution_inputs():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3)

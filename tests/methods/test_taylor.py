@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
@@ -8,12 +11,17 @@ from torch import nn
 
 import secateur as sc
 from secateur.core.slots import Scope
+from secateur.errors import InvalidRecipe, NotApplicable
 from secateur.methods.taylor import Taylor
+from secateur.parts.gates import Gates
 from secateur.parts.granularity.channel import Channel
+from secateur.parts.granularity.depth import Depth
 from secateur.parts.granularity.weight import Weight
 from secateur.structure.inputs import Inputs, state_of, undisturbed
 from secateur.structure.masked import run_masked
-from secateur.testing.toys import TwoLayer
+from secateur.testing.toys import TwoLayer, toy, toy_batches
+
+ORACLE = Taylor(order="exact")
 
 
 def linear_loss(output, target):
@@ -136,3 +144,104 @@ def test_ranks_agree_with_the_oracle_on_a_trained_network():
             losses = F.cross_entropy(without.flatten(0, 1), b.repeat_interleave(100), reduction="none").view(-1, 100)
             squared += (losses.mean(0) - F.cross_entropy(full, b)) ** 2
     assert spearmanr(squared.tolist(), scores.tolist()).statistic > 0.9
+
+
+def quadratic_loss(output, target):
+    """A loss that is quadratic in the output."""
+    return (output - target).square().sum(1).mean()
+
+
+def test_for_a_quadratic_loss_the_second_order_gate_score_is_the_oracle():
+    model, x, target = problem(5)
+    units = Channel().units(model, x, Scope())
+    data = [(x[:2], target[:2]), (x[2:], target[2:])]
+    oracle = ORACLE.score(sc.Context(units, data, quadratic_loss))["hidden"]
+    second = Taylor(order=2).score(sc.Context(units, data, quadratic_loss))["hidden"]
+    assert torch.allclose(second, oracle, rtol=1e-9)
+    assert not torch.allclose(Taylor().score(sc.Context(units, data, quadratic_loss))["hidden"], oracle, rtol=0.1)
+
+
+@pytest.mark.parametrize(("network", "granularity"), [("resnet20", Channel()), ("vit", Channel()), ("vit", Depth())])
+def test_the_second_order_score_agrees_with_finite_differences_by_the_gates(network, granularity):
+    model, x = toy(network)
+    model, ((inputs, target),) = model.double(), toy_batches(network, n=1, batch_size=3)
+    units = granularity.units(model, x.double(), Scope())
+    context = sc.Context(units, [(inputs.double(), target)])
+    scores, gates, step = Taylor(order=2).score(context), Gates(units), 1e-4
+
+    def loss(group, unit, z):
+        gate = torch.ones(units.shapes[group], dtype=torch.float64)
+        gate[unit] = z
+        with torch.no_grad(), gates.applied({group: gate}):
+            return float(F.cross_entropy(model(inputs.double()), target))
+
+    for group, shape in list(units.shapes.items())[:5]:
+        unit = shape.numel() - 1
+        below, here, above = (loss(group, unit, 1 + d) for d in (-step, 0, step))
+        slope, curvature = (above - below) / (2 * step), (above - 2 * here + below) / step**2
+        assert scores[group][unit].item() == pytest.approx((slope - curvature / 2) ** 2, rel=1e-3, abs=1e-10)
+
+
+@pytest.mark.parametrize("at", ["gate", "weight"])
+def test_the_second_order_score_of_single_weights_has_one_product_with_the_hessian(at):
+    model, x, target = problem(6)
+    units = Weight().units(model, x, Scope())
+    data = [(x, target)]
+    scores = Taylor(at=at, order=2).score(sc.Context(units, data, quadratic_loss))
+    weights = {n: w.clone() for n, w in sc.Context(units).weights.items()}
+    gradients, step = [], 1e-5
+    for factor in (1 - step, 1, 1 + step):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(factor * weights[name])
+        gradients.append(sc.Context(units, data, quadratic_loss).gradients())
+    below, here, above = gradients
+    for name, w in weights.items():
+        product = (above[name] - below[name]) / (2 * step)
+        torch.testing.assert_close(scores[name], (w * here[name] - w * product / 2) ** 2, rtol=1e-6, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- the oracle
+
+
+def test_exact_scores_are_hand_computed():
+    model = TwoLayer(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 5.0]])).eval()
+    x, target = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0]])
+    # y = 3 * 1 + 5 * 2 = 13 and L = y: without the first unit 10, without the second 3
+    units = Channel().units(model, x, Scope())
+    scores = ORACLE.score(sc.Context(units, [(x, target), (2 * x, target)], lambda out, y: (out * y).sum(1).mean()))
+    assert scores["hidden"].tolist() == [(9 + 36) / 2, (100 + 400) / 2]
+
+
+@pytest.mark.parametrize(
+    ("network", "granularity"), [("resnet20", Channel()), ("squeeze_excite", Channel()), ("vit", Depth())]
+)
+def test_exact_scores_are_the_change_when_a_unit_is_absent(network, granularity):
+    """Brute force: the loss of the dense network in which one unit takes no part, as cuts are proved with."""
+    model, (data,) = toy(network)[0].double(), toy_batches(network, n=1, batch_size=4)
+    inputs, target = data[0].double(), data[1]
+    scope = Scope(include=("blocks.[01]*",)) if network == "resnet20" else Scope()
+    units = granularity.units(model, inputs, scope)
+    scores = ORACLE.score(sc.Context(units, [(inputs, target)]))
+    whole = {name: torch.ones(shape).bool() for name, shape in units.shapes.items()}
+    with undisturbed(model):
+        full = F.cross_entropy(model(inputs), target)
+        for group, shape in units.shapes.items():
+            for unit in range(0, shape.numel(), 3):
+                kept = {**whole, group: torch.arange(shape.numel()) != unit}
+                output = run_masked(model, units.structure, units.by_name(kept), state_of(model), Inputs((inputs,), {}))
+                expected = (F.cross_entropy(output, target) - full) ** 2
+                torch.testing.assert_close(scores[group][unit], expected, rtol=1e-5, atol=1e-12)
+
+
+def test_a_unit_that_nothing_depends_on_has_the_exact_score_zero_and_single_weights_are_refused():
+    model, x = toy("mlp")
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model[3].weight[:, 7] = 0
+    scores = ORACLE.score(sc.Context(Channel().units(model, x, Scope()), toy_batches("mlp")))["1"]
+    assert scores[7] == 0 and scores.count_nonzero() == 31
+    with pytest.raises(InvalidRecipe, match="at gates"):
+        Taylor(order="exact", at="weight")
+    with pytest.raises(NotApplicable, match="choose such a granularity"):
+        ORACLE.score(sc.Context(Weight().units(model, x, Scope()), toy_batches("mlp")))

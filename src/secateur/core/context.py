@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.hooks import Hooks
@@ -36,6 +37,11 @@ class _Usage:
 
     batches: int = 0
     samples: int = 0
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Compute attention in the form that has second derivatives; PyTorch's fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Context:
@@ -190,21 +196,35 @@ class Context:
         for gradient, _ in self._gradient_batches():
             yield gradient
 
+    def curvature_batches(self, vectors: Mapping[str, Tensor]) -> Iterator[tuple[Values, Values]]:
+        """Yield the gradient of each batch's mean loss, and its Hessian times `vectors`, in one pass over the data.
+
+        Args:
+            vectors: One tensor per prunable parameter.
+        """
+        for gradient, product, _ in self._curvature_batches(vectors):
+            yield gradient, product
+
     def hessian_vector_product(self, vectors: Mapping[str, Tensor]) -> Values:
         """Return the Hessian of the mean loss over all data times `vectors` (one tensor per prunable parameter)."""
-        names = list(self.units.parameters())
-        total = {name: torch.zeros_like(vectors[name]) for name in names}
+        total = {name: torch.zeros_like(vectors[name]) for name in self.units.parameters()}
         samples = 0
+        for _, product, n in self._curvature_batches(vectors):
+            samples += n
+            torch._foreach_add_(list(total.values()), list(product.values()), alpha=n)
+        torch._foreach_div_(list(total.values()), samples)
+        return total
+
+    def _curvature_batches(self, vectors: Mapping[str, Tensor]) -> Iterator[tuple[Values, Values, int]]:
+        names = list(self.units.parameters())
         for batch, n in self._batches():
-            with self.undisturbed() as parameters:
+            with self.undisturbed() as parameters, twice_differentiable():
                 first = torch.autograd.grad(self.loss_of(batch), parameters, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * vectors[name]).sum() for g, name in zip(first, names, strict=True)]).sum()
                 second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-            products = self.mean_over_processes(dict(zip(names, second, strict=True)), n)
-            samples += n
-            torch._foreach_add_(list(total.values()), list(products.values()), alpha=n)
-        torch._foreach_div_(list(total.values()), samples)
-        return total
+            gradient = {name: g.detach() for g, name in zip(first, names, strict=True)}
+            product = dict(zip(names, second, strict=True))
+            yield self.mean_over_processes(gradient, n), self.mean_over_processes(product, n), n
 
     def _gradient_batches(self) -> Iterator[tuple[Values, int]]:
         for batch, n in self._batches():

@@ -4,49 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from secateur.core.batches import batch_size
-from secateur.core.context import Context
+from secateur.core.context import Context, twice_differentiable
 from secateur.core.units import Scores, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.depth import DepthUnits
 from secateur.structure.dims import unit_index
+
+
+class _Place(NamedTuple):
+    """Where units are gated: at the input (`reads`) or the output of a module, along a dim."""
+
+    module: nn.Module
+    reads: bool
+    dim: int
+    group: str
+    units: Tensor
+    """The unit of each entry along the dim, -1 for none; of length 1 if the whole tensor belongs to one unit."""
 
 
 class Gates:
     """The places at which the units of a model are multiplied by gates: the inputs of the layers that read them.
 
     An axis that no layer reads (query and key are multiplied with each other) is gated at the output of its first
-    producer.
+    producer, a residual branch at the output of its last layer.
 
     Args:
-        units: Units on axes.
+        units: Units on axes, or residual branches.
 
     Raises:
-        NotApplicable: Units that are not indices of axes, or an axis that another kind of module reads.
+        NotApplicable: Single weights, or an axis that another kind of module reads.
     """
 
     def __init__(self, units: Units) -> None:
-        if not isinstance(units, ChannelUnits):
-            raise NotApplicable("Gates stand at channels, heads or hidden units: choose such a granularity.")
-        self._model = units.model
-        self._places: list[tuple[nn.Module, bool, int, str, Tensor]] = []
-        for axis in units.structure.prunable:
-            kernels = [place for place in axis.members if len(units.structure.tensors[place[0]]) > 1]
-            readers = [place for place in kernels if units.consumes(*place)]
-            if not kernels:
-                raise NotApplicable(f"No layer produces or reads the axis {axis.name!r}; exclude it from the scope.")
-            for name, position in readers or kernels[:1]:
-                module = self._model.get_submodule(name.rpartition(".")[0])
-                dim = _unit_dim(module, axis.name)
-                index = unit_index(units.structure.tensors[name][position], axis.leaf)
-                of_each_group = getattr(module, "groups", 1) if readers else 1
-                self._places.append((module, bool(readers), dim, axis.name, index.repeat(of_each_group)))
+        if isinstance(units, ChannelUnits):
+            self._places = _places_of_axes(units)
+        elif isinstance(units, DepthUnits):
+            self._places = _places_of_branches(units)
+        else:
+            raise NotApplicable("Gates stand at channels, heads, hidden units or branches: choose such a granularity.")
 
     @contextmanager
     def applied(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
@@ -57,11 +60,11 @@ class Gates:
                 are not gated. Their values may change in place meanwhile.
         """
         with ExitStack() as stack:
-            for module, reads, dim, group, index in self._places:
-                if group in gates:
-                    gate = _Gate(gates[group], dim, index)
-                    register = module.register_forward_pre_hook if reads else module.register_forward_hook
-                    handle = register(gate.of_input if reads else gate.of_output)  # type: ignore[arg-type]
+            for place in self._places:
+                if place.group in gates:
+                    gate, module = _Gate(gates[place.group], place.dim, place.units), place.module
+                    register = module.register_forward_pre_hook if place.reads else module.register_forward_hook
+                    handle = register(gate.of_input if place.reads else gate.of_output)  # type: ignore[arg-type]
                     stack.callback(handle.remove)
             yield
 
@@ -78,7 +81,7 @@ class _Gate:
     def __call__(self, x: Tensor) -> Tensor:
         factor = self._factor()
         shape = [1] * x.dim()
-        shape[self._dim] = x.shape[self._dim]
+        shape[self._dim] = factor.shape[-1]
         if factor.dim() == 2:
             shape[0] = x.shape[0]
         return x * factor.to(x.dtype).view(shape)
@@ -88,6 +91,30 @@ class _Gate:
 
     def of_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return self(output)
+
+
+def _places_of_axes(units: ChannelUnits) -> list[_Place]:
+    places = []
+    for axis in units.structure.prunable:
+        kernels = [place for place in axis.members if len(units.structure.tensors[place[0]]) > 1]
+        readers = [place for place in kernels if units.consumes(*place)]
+        if not kernels:
+            raise NotApplicable(f"No layer produces or reads the axis {axis.name!r}; exclude it from the scope.")
+        for name, position in readers or kernels[:1]:
+            module = units.model.get_submodule(name.rpartition(".")[0])
+            index = unit_index(units.structure.tensors[name][position], axis.leaf)
+            of_each_group = getattr(module, "groups", 1) if readers else 1
+            index = index.repeat(of_each_group)
+            places.append(_Place(module, bool(readers), _unit_dim(module, axis.name), axis.name, index))
+    return places
+
+
+def _places_of_branches(units: DepthUnits) -> list[_Place]:
+    return [
+        _Place(units.model.get_submodule(branch.gate[0].rpartition(".")[0]), False, -1, group, torch.tensor([i]))
+        for group, branches in units.groups.items()
+        for i, branch in enumerate(branches)
+    ]
 
 
 def _unit_dim(module: nn.Module, axis: str) -> int:
@@ -108,13 +135,63 @@ def gate_gradients(context: Context) -> Iterator[Scores]:
     The loss must be the mean over the samples, and no operation may mix samples; scores are taken in eval mode, in
     which batch normalization does not.
     """
-    gates, shapes = Gates(context.units), context.units.shapes
-    device = next(context.model.parameters()).device
+    gates = Gates(context.units)
     for batch in context.batches():
         samples = batch_size(batch)
-        values = {
-            g: torch.ones(samples, shape.numel(), requires_grad=True, device=device) for g, shape in shapes.items()
-        }
+        values = _open_gates(context, samples)
         with context.undisturbed(), gates.applied(values):
             slopes = torch.autograd.grad(context.loss_of(batch), list(values.values()), materialize_grads=True)
         yield {group: slope * samples for group, slope in zip(values, slopes, strict=True)}
+
+
+def gate_curvature(context: Context) -> Iterator[tuple[Scores, Scores]]:
+    """Yield, for each batch, dL/dz and d2L/dz2 of the mean loss by every unit's gate z = 1: (units,) by group.
+
+    The diagonal of the Hessian is taken row by row: one more backward pass for every unit.
+    """
+    gates = Gates(context.units)
+    for batch in context.batches():
+        values = _open_gates(context)
+        with context.undisturbed(), twice_differentiable(), gates.applied(values):
+            loss = context.loss_of(batch)
+            slopes = torch.autograd.grad(loss, list(values.values()), create_graph=True, materialize_grads=True)
+            curvature = {
+                group: torch.stack([_row(slope[j], values[group])[j] for j in range(slope.numel())])
+                for group, slope in zip(values, slopes, strict=True)
+            }
+        slope = {group: s.detach() for group, s in zip(values, slopes, strict=True)}
+        n = batch_size(batch)
+        yield context.mean_over_processes(slope, n), context.mean_over_processes(curvature, n)
+
+
+def ablations(context: Context) -> Iterator[Scores]:
+    """Yield, for each batch, the change of the mean loss when each unit alone is removed: (units,) by group.
+
+    The gate of the unit is 0. One forward pass for every unit, and one more.
+    """
+    gates = Gates(context.units)
+    for batch in context.batches():
+        change: Scores = {}
+        with context.undisturbed(), torch.no_grad():
+            loss = context.loss_of(batch)
+            for group, shape in context.units.shapes.items():
+                without = []
+                for gate in 1 - torch.eye(shape.numel(), device=loss.device):
+                    with gates.applied({group: gate}):
+                        without.append(context.loss_of(batch))
+                change[group] = torch.stack(without) - loss
+        yield context.mean_over_processes(change, batch_size(batch))
+
+
+def _row(slope: Tensor, gates: Tensor) -> Tensor:
+    return torch.autograd.grad(slope, gates, retain_graph=True, materialize_grads=True)[0]
+
+
+def _open_gates(context: Context, *samples: int) -> Scores:
+    """Return gates of 1 for every unit, to which gradients reach."""
+    parameter = next(context.model.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return {
+        group: torch.ones(*samples, shape.numel(), dtype=dtype, device=parameter.device, requires_grad=True)
+        for group, shape in context.units.shapes.items()
+    }
