@@ -11,9 +11,9 @@ from secateur.core.layers import input_rows, output_rows, weight_matrix
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Scope
 from secateur.errors import DataNeeded, NotApplicable
-from secateur.parts.consumers import kept_columns
 from secateur.parts.granularity.channel import Channel
 from secateur.parts.least_squares import Moments, regression
+from secateur.parts.readers import kept_columns
 from secateur.parts.repair.least_squares import LeastSquares, compensate
 from secateur.structure.prove import half_of_each
 from secateur.testing.toys import toy, toy_batches

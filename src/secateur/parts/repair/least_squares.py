@@ -12,8 +12,8 @@ from secateur.core.context import Context
 from secateur.core.layers import set_weight_matrix, weight_matrix
 from secateur.core.slots import Repair
 from secateur.core.units import Kept
-from secateur.parts.consumers import channel_units, kept_columns
 from secateur.parts.least_squares import Moments, input_moments, regression
+from secateur.parts.readers import channel_units, kept_columns
 
 
 class LeastSquares(Repair):
