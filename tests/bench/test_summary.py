@@ -7,8 +7,8 @@ from secateur.bench.benchmarks import find_benchmark, plan
 from secateur.bench.summary import fronts, summarize
 
 BENCHMARK = find_benchmark("digits/resnet8")
-RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))
 ACCURACY = {"dense": 0.99, "taylor": 0.95, "magnitude": 0.94, "random": 0.90, "scratch-e": 0.97, "scratch-b": 0.98}
+RUNS = plan(BENCHMARK, str(BENCHMARK.task.data), methods=[arm for arm in ACCURACY if arm != "dense"])
 
 
 def test_a_row_stands_beside_its_controls_at_the_same_budget():

@@ -18,6 +18,7 @@ PER_SHARD = 200
 CONTROL_WORDS = {
     "dense": "the unpruned network",
     "random": "units removed at random, same recovery",
+    "bottleneck-e": "the network with narrower blocks from new weights, as many epochs as the dense one",
     "scratch-e": "the small network from new weights, as many epochs as the dense one",
     "scratch-b": "the small network from new weights, as much computation as the dense one",
 }
