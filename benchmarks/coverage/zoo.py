@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.coverage.hugging_face import TYPES, build_type
 from benchmarks.coverage.table import PEERS
+from secateur.structure.inputs import as_inputs, call_with_state, undisturbed
 from secateur.tasks.zoo import allow_torchvision
 
 TIMM: dict[str, str] = json.loads((Path(__file__).parent / "timm.json").read_text(encoding="utf-8"))
@@ -35,12 +36,17 @@ def names() -> list[str]:
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """Return a network with random weights in eval mode, and example inputs for it."""
+    """Return a network with random weights in eval mode, and example inputs for it.
+
+    It has run once: the first call of some fills caches of their library, and later calls take another path.
+    """
     library, _, network = name.partition(":")
     allow_torchvision()
     torch.manual_seed(0)
     model, inputs = _BUILDERS[library](network)
-    return model.eval(), inputs
+    with undisturbed(model.eval()):
+        call_with_state(model, {}, as_inputs(inputs))
+    return model, inputs
 
 
 def _timm(network: str) -> tuple[nn.Module, Any]:

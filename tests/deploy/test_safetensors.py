@@ -184,3 +184,28 @@ def test_other_types_survive(tmp_path):
     assert next(again.parameters()).dtype == torch.bfloat16 and torch.equal(
         again(x.bfloat16()), result.model(x.bfloat16())
     )
+
+
+class Table(nn.Module):
+    """Makes a table for the length of its inputs at the first call, as some attention layers do."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, heads)
+        self.register_buffer("table", torch.zeros(1, 1))
+
+    def forward(self, x):
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype).view(-1, 1)
+        return self.head(torch.relu(self.first(x)) + self.table)
+
+
+def test_a_buffer_that_takes_its_size_from_the_inputs_is_loaded(tmp_path):
+    x = torch.randn(2, 5, 6)
+    result = sc.prune(Table(), x, granularity="channel", budget=sc.Budget(macs=0.5))
+    expected = result.model(x)
+    sc.save(result, tmp_path / "small.safetensors")
+    again = sc.load(tmp_path / "small.safetensors", Table)
+    assert again.table.shape == (5, 1) and torch.equal(again(x), expected)
+    with pytest.raises(PlanMismatch, match="head"):
+        sc.load(tmp_path / "small.safetensors", lambda: Table(heads=5))

@@ -253,3 +253,20 @@ def test_a_branch_and_an_axis_of_one_module_have_names_of_their_own():
     structure = proved_structure(Block().eval(), torch.randn(2, 5, 6))
     assert [branch.name for branch in structure.branches] == ["attention (branch)"]
     assert structure.axis("attention").prunable and structure.branches[0].prunable
+
+
+SHARED = nn.ReLU()
+
+
+def test_a_module_that_is_no_part_of_the_model_is_part_of_a_branch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch = nn.Linear(4, 6), nn.ModuleDict({"up": nn.Linear(6, 9), "down": nn.Linear(9, 6)})
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.branch["down"](SHARED(self.branch["up"](x)))
+
+    branches = proved_depth(Net().eval(), torch.randn(2, 4)).branches
+    assert [branch.name for branch in branches] == ["branch.{up,down}"] and branches[0].prunable

@@ -136,7 +136,8 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     replaced: dict[int, Tensor] = {}
     for name, old in state.items():
-        if old.shape != tensors[name].shape:
+        # A buffer may have another size once the network has run: tables that are made for the size of the inputs.
+        if old.shape != tensors[name].shape and (isinstance(old, nn.Parameter) or old.dim() != tensors[name].dim()):
             raise PlanMismatch(
                 f"The file does not fit the model that was built: {name!r} has shape {tuple(tensors[name].shape)} "
                 f"in the file and {tuple(old.shape)} in the model. Pass the constructor of the network that was pruned."

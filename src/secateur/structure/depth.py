@@ -91,14 +91,16 @@ def _obstacle(calls: Sequence[ModuleCall], caches: list[Any]) -> str:
 
 
 def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall], obstacle: str) -> Branch:
-    modules = {call.name: model.get_submodule(call.name) for call in calls}
-    gate = max((c for call in calls for c in tracer.history.within(call) if _own(model, c.name)), key=lambda c: c.start)
+    inside = dict(model.named_modules())
+    modules = {call.name: inside[call.name] for call in calls}
+    layers = (c for call in calls for c in tracer.history.within(call) if c.name in inside and _own(inside[c.name]))
+    gate = max(layers, key=lambda c: c.start)
     costs = [dims for call in calls for i in range(call.start, call.stop) for dims in tracer.multiply_adds.get(i, ())]
     return Branch(
         name=_joined(list(modules)),
         modules=tuple((call.name, call.entries) for call in calls),
         tensors=tuple(f"{path}.{name}" for path, module in modules.items() for name in _tensors(module)),
-        gate=tuple(f"{gate.name}.{name}" for name in _own(model, gate.name)),
+        gate=tuple(f"{gate.name}.{name}" for name in _own(inside[gate.name])),
         macs=sum(prod(dim.size for dim in dims) for dims in costs),
         prunable=not obstacle,
         reason=obstacle,
@@ -106,8 +108,8 @@ def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall], obsta
     )
 
 
-def _own(model: nn.Module, path: str) -> list[str]:
-    return [name for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
+def _own(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _tensors(module: nn.Module) -> Iterator[str]:
@@ -129,7 +131,8 @@ class _Runs:
     """Tells which calls of modules compute a branch, and nothing else."""
 
     def __init__(self, model: nn.Module, history: History) -> None:
-        self._model, self._history = model, history
+        self._history = history
+        self._modules = dict(model.named_modules())
         self._operations = [value.operation for value in history.values]
         self._users: dict[int, list[int]] = defaultdict(list)
         for number, value in enumerate(history.values):
@@ -171,10 +174,15 @@ class _Runs:
                 inside.add(call)
 
     def _holds_parameters_alone(self, call: ModuleCall) -> bool:
-        """Return whether the module has parameters, runs once, and shares nothing with other modules."""
+        """Return whether the module has parameters, runs once, and shares nothing with other modules.
+
+        Modules that are no part of the model, such as an activation that is shared by many models, may run often.
+        """
+        if call.name not in self._modules:
+            return False
         prefix = f"{call.name}."
-        places = [self._places[id(parameter)] for parameter in self._model.get_submodule(call.name).parameters()]
-        inner = Counter(each.name for each in self._history.within(call))
+        places = [self._places[id(parameter)] for parameter in self._modules[call.name].parameters()]
+        inner = Counter(each.name for each in self._history.within(call) if each.name in self._modules)
         return (
             bool(places)
             and all(name.startswith(prefix) for names in places for name in names)
