@@ -74,3 +74,38 @@ def test_the_error_names_the_operation_that_onnx_does_not_have(tmp_path):
 
     with pytest.raises(NotApplicable, match=r"secateur_test\.twice"):
         onnx.export(Custom(), torch.zeros(2, 3), tmp_path / "m.onnx")
+
+
+def grouped_rows(rows, weight, offs):
+    return torch.cat([part @ w for part, w in zip(rows.tensor_split(offs[:-1].long()), weight, strict=True)])
+
+
+@pytest.fixture
+def grouped_product():
+    """The operation as transformers defines it, unless that is here."""
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        return torch.ops.transformers.grouped_mm_fallback
+    annotated = {"rows": torch.Tensor, "weight": torch.Tensor, "offs": torch.Tensor, "return": torch.Tensor}
+    grouped_rows.__annotations__ = annotated
+    operation = torch.library.custom_op("transformers::grouped_mm_fallback", grouped_rows, mutates_args=())
+    operation.register_fake(lambda rows, weight, offs: rows.new_empty(rows.shape[0], weight.shape[2]))
+    return operation
+
+
+def test_products_of_rows_with_the_matrix_of_their_group_are_exported(tmp_path, grouped_product):
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 16, 8))
+            self.register_buffer("ends", torch.tensor([3, 3, 7, 10], dtype=torch.int32))  # the second group is empty
+
+        def forward(self, x):
+            return grouped_product(x, self.weight, self.ends)
+
+    torch.manual_seed(0)
+    model, x = Grouped().eval(), torch.randn(10, 16)
+    session = onnxruntime.InferenceSession(onnx.export(model, x, tmp_path / "grouped.onnx").path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = torch.stack([x[i] @ model.weight[g] for i, g in enumerate([0, 0, 0, 2, 2, 2, 2, 3, 3, 3])])
+    assert torch.allclose(torch.from_numpy(found), expected.detach(), atol=1e-5)
+    assert torch.allclose(model(x), expected, atol=1e-5)

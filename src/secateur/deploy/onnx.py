@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from secateur.atomic import written_atomically
 from secateur.deploy import Artifact
+from secateur.deploy.onnx_operations import translations
 from secateur.errors import NotApplicable
 from secateur.optional import optional_import
 from secateur.structure.inputs import Inputs, as_inputs, undisturbed
@@ -60,7 +61,13 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:
         )
         shapes = shapes[0] if not inputs.kwargs else shapes[1] if not inputs.args else None
     return torch.onnx.export(
-        model, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False
+        model,
+        inputs.args,
+        kwargs=dict(inputs.kwargs),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        custom_translation_table=translations(),
+        verbose=False,
     )
 
 
