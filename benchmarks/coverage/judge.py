@@ -55,6 +55,7 @@ def tagged(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in state_of(model).items()
         if tensor.dtype == torch.float32
         and tensor.dim() > 0
+        and tensor.numel() > 0
         and (isinstance(tensor, nn.Parameter) or (tensor.dim() == 1 and tensor.numel() > 1))
     }
 
@@ -168,9 +169,11 @@ def judge(dense: nn.Module, small: nn.Module, structure: sc.Structure) -> tuple[
         inputs = structure.inputs.to(dtype)
         state = {name: _zeroed(tensor, entries.get(name, ())) for name, tensor in state_of(dense).items()}
         try:
-            with _fixed_scale(), undisturbed(dense), undisturbed(small), torch.no_grad():
-                expected = run_masked(dense, structure, units, state, inputs)
-                error = relative_error(call_with_state(small, state_of(small), inputs), expected)
+            with _fixed_scale(), torch.no_grad():  # one after the other: both draw the same random numbers
+                with undisturbed(dense):
+                    expected = run_masked(dense, structure, units, state, inputs)
+                with undisturbed(small):
+                    error = relative_error(call_with_state(small, state_of(small), inputs), expected)
             return error <= tolerance, error
         except InvalidInputs:
             if dtype == torch.float32:

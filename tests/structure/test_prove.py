@@ -87,3 +87,19 @@ def test_only_the_axis_that_changes_the_path_is_frozen(dtype):
     assert proof.ok and left is free  # seven are enough for the same path
     proof, left = proved_keep(model, free, {"a": torch.arange(8) < 4, "b": torch.arange(6) < 3})
     assert not proof.ok and [axis.name for axis in left.prunable] == ["b"]
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_equal_draws():
+    class Masking(nn.Module):
+        """Hides random positions in eval mode too, as masked autoencoders do."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            seen = torch.rand(x.shape[1]).argsort()[: x.shape[1] // 2]
+            return self.second(torch.relu(self.first(x[:, seen])))
+
+    structure = proved_structure(Masking().eval(), torch.randn(2, 8, 6))
+    assert structure.axis("first").prunable

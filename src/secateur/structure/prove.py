@@ -66,15 +66,17 @@ def _cut_errors(
     except PlanMismatch:
         return {dtypes[0]: float("inf")}
     for dtype in dtypes:
-        with undisturbed(model), undisturbed(small):
+        with undisturbed(model):
             state = redraw(model, structure, dtype, seed)
-            inputs = structure.inputs.to(dtype)
-            try:
+        inputs = structure.inputs.to(dtype)
+        try:  # one after the other: where the model draws random numbers, both draw the same
+            with undisturbed(small):
                 found = call_with_state(small, plan.slice_state(state), inputs)
+            with undisturbed(model):
                 expected = run_masked(model, structure, kept, state, inputs)
-                errors[dtype] = relative_error(found, expected)
-            except SecateurError:
-                errors[dtype] = float("inf")
+            errors[dtype] = relative_error(found, expected)
+        except SecateurError:
+            errors[dtype] = float("inf")
         if errors[dtype] <= TOLERANCE[dtype] or errors[dtype] == float("inf"):
             break
     return errors
