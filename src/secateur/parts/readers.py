@@ -71,20 +71,3 @@ def kept_columns(units: ChannelUnits, kept: Kept) -> dict[str, Tensor]:
             own[~own] = kept[axis.name].cpu()[reader.units[~own]]
             columns[reader.name] = columns[reader.name] & own if reader.name in columns else own
     return {name: stay for name, stay in columns.items() if not stay.all()}
-
-
-def over_units(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return sums of the entries of a square matrix over the pairs of units that they belong to.
-
-    Args:
-        values: Shape (columns, columns).
-        index: The unit of each column, or -1.
-        size: Number of units.
-
-    Returns:
-        Shape (size, size).
-    """
-    inside = (index >= 0).to(values.device)
-    unit = index.to(values.device)[inside]
-    rows = values.new_zeros(size, values.shape[1]).index_add_(0, unit, values[inside])
-    return values.new_zeros(size, size).index_add_(1, unit, rows[:, inside])
