@@ -125,7 +125,7 @@ class Trainer:
                 state.lr = self._set_lr(progress.step, lr_span or (first, last))
                 state.loss = self._step(batch, state)
                 progress.losses.append(state.loss)
-                state.step = progress.step = progress.step + 1
+                progress.step = state.step
                 if on_step is not None:
                     on_step(state)
                 finished = progress.step % per_epoch == 0 or progress.step == last
@@ -164,6 +164,7 @@ class Trainer:
         self._fabric.backward(loss)
         self._call("after_backward", state)
         self._wrapped_optimizer.step()
+        state.step += 1
         self._call("after_step", state)
         return value
 
