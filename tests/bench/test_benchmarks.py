@@ -116,3 +116,13 @@ def test_a_plan_can_be_narrowed_and_refuses_what_the_benchmark_lacks():
     for text in ("macs", "macs=much", "speed=2", "macs=2"):
         with pytest.raises(InvalidRecipe):
             parse_budget(text)
+
+
+def test_a_ladder_may_say_which_tensors_are_pruned(tmp_path):
+    plain = find_benchmark("digits/resnet8")
+    ladder = {"granularity": "weight", "budgets": [{"sparsity": 0.9}], "recovery": "none"}
+    narrow = read_benchmark(write(tmp_path, {"ladders": [{**ladder, "scope": {"include": ["blocks.*"]}}]}))
+    (run,) = plan(narrow, "0" * 16, methods=["magnitude"], seeds=[0])[1:]
+    assert Recipe(**run.recipe).scope.include == ("blocks.*",)
+    (run,) = plan(plain, "0" * 16, methods=["magnitude"], budgets=[sc.Budget(sparsity=0.9)], seeds=[0])[1:]
+    assert Recipe(**run.recipe).scope.include == ("*",)

@@ -13,7 +13,7 @@ from secateur.core import registry
 from secateur.core.budget import Budget
 from secateur.core.method import method
 from secateur.core.recipe import Recipe
-from secateur.core.slots import Granularity, Recovery
+from secateur.core.slots import Granularity, Recovery, Scope
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe, UnknownName
 from secateur.parts.recovery.fine_tune import FineTune
@@ -44,11 +44,13 @@ class Ladder(Value):
         granularity: The units.
         budgets: From the largest network to the smallest.
         recovery: What every pruned network gets.
+        scope: Which tensors or axes may be pruned; default: what each method says.
     """
 
     granularity: Annotated[SerializeAsAny[Granularity], BeforeValidator(Granularity.parse)]
     budgets: tuple[Budget, ...] = Field(min_length=1)
     recovery: Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]
+    scope: Scope | None = None
 
 
 class Control(Value):
@@ -290,7 +292,7 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     recovery = ladder.recovery
     if recipe.weights_from in ("init", "fresh"):
         recovery = benchmark.training.model_copy(update={"compute": control.compute})
-    return recipe.but(granularity=ladder.granularity, recovery=recovery)
+    return recipe.but(granularity=ladder.granularity, recovery=recovery, scope=ladder.scope)
 
 
 def budget_label(budget: Budget) -> str:

@@ -10,7 +10,7 @@ from secateur.errors import UnknownName
 if TYPE_CHECKING:
     from secateur.tasks.task import Task
 
-TASKS = ("digits", "fashion-mnist", "imagefolder")
+TASKS = ("digits", "fashion-mnist", "imagefolder", "sentences")
 
 
 def find_task(name: str) -> Task:
