@@ -329,3 +329,19 @@ def test_what_is_gone_takes_no_share_of_what_a_group_may_keep():
     found = prune(model, x, method="random", allocation="uniform", schedule={"name": "iterative", "steps": 3})
     for mask in found.masks.values():
         assert abs(int(mask.sum()) - mask.numel() / 2) <= 1
+
+
+@pytest.mark.parametrize(("granularity", "times"), [("weight", 1), ("channel", 4)])
+def test_the_cost_is_worked_out_again_only_when_the_units_have_changed(granularity, times):
+    model, x = toy("mlp")
+    recipe = Recipe(criterion="magnitude", granularity=granularity, schedule={"name": "iterative", "steps": 3})
+    calls = []
+
+    def counted(units):
+        calls.append(units)
+        return cost_of("sparsity")(units)
+
+    run = Run(recipe, recipe.granularity.units(model, x, Scope()), sc.Budget(sparsity=0.5), counted)
+    while run.next_level is not None:
+        run.prune()
+    assert len(calls) == times

@@ -90,7 +90,8 @@ class Run:
         self.recipe, self.units, self.budget, self.seed = recipe, units, budget, seed
         self._cost_of, self._data, self._loss = cost_of, data, loss
         live = units.alive() if recipe.weights_from == "same" else units.counts()
-        self._dense, self._target = _target(units, live, budget, cost_of(units))
+        self._costed: tuple[Mapping[str, torch.Size], Cost] = (dict(units.shapes), cost_of(units))
+        self._dense, self._target = _target(units, live, budget, self._cost)
         self.levels = recipe.schedule.levels(self._target / self._dense)
         wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
         begins = _begins_at_init(recipe, self.levels) and "init" in wanted - (checkpoints or {}).keys()
@@ -106,6 +107,14 @@ class Run:
                 "schedule that begins after 0, for example {'name': 'one-shot', 'at': 0.5}."
             )
         self.hooks: Hooks | None = recipe.criterion.hooks(self)
+
+    @property
+    def _cost(self) -> Cost:
+        """The cost of the budgeted quantity, worked out anew when the listed units have changed."""
+        shapes = dict(self.units.shapes)
+        if self._costed[0] != shapes:
+            self._costed = (shapes, self._cost_of(self.units))
+        return self._costed[1]
 
     @property
     def next_level(self) -> Level | None:
@@ -125,7 +134,7 @@ class Run:
             units.reset(self._checkpoint(recipe.weights_from))
         recipe.repair.after_cut(context)
         counts = units.counts()
-        self.rounds.append(Round(level.keep, self._cost_of(units)(counts), counts, context.samples_used))
+        self.rounds.append(Round(level.keep, self._cost(counts), counts, context.samples_used))
         return self.rounds[-1]
 
     def choose(self, scores: Scores, keep: float | None = None) -> Kept:
@@ -136,9 +145,7 @@ class Run:
             keep: Share of the dense cost that may stay; default: what the budget allows in the end.
         """
         allowed = self._target if keep is None else max(keep * self._dense, self._target)
-        return select(
-            self._priorities(scores), self._cost_of(self.units), allowed, self.units.limits, self.budget.tolerance
-        )
+        return select(self._priorities(scores), self._cost, allowed, self.units.limits, self.budget.tolerance)
 
     def _averaged(self, scores: Scores) -> Scores:
         """Return the running average of the scores over the pruning moments, if the schedule asks for one."""
@@ -190,9 +197,7 @@ class Run:
     def _cut(self, context: Context, priorities: Scores, allowed: float) -> None:
         """Remove the worst units; when some groups turn out not to be removable, choose again among the others."""
         units = self.units
-        while not self._keep(
-            context, select(priorities, self._cost_of(units), allowed, units.limits, self.budget.tolerance)
-        ):
+        while not self._keep(context, select(priorities, self._cost, allowed, units.limits, self.budget.tolerance)):
             priorities = {group: values for group, values in priorities.items() if group in units.shapes}
             if not priorities:
                 raise NothingPrunable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,31 @@ class Limits:
     steps: Mapping[str, int] = field(default_factory=dict)
 
 
+class Call(Protocol):
+    """The arguments of one call of a model."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments."""
+        ...
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Keyword arguments."""
+        ...
+
+
 class Units(ABC):
     """The units of one model at one granularity.
 
     Attributes:
         model: The model; `keep` changes it, and it stays the same object.
+        inputs: The example inputs: their values are no data, their shapes are those that the model takes.
         limits: What a selection must respect.
     """
 
     model: nn.Module
+    inputs: Call
     limits: Limits
 
     @property

@@ -25,7 +25,7 @@ from secateur.core.hooks import Hooks
 from secateur.core.masks import Masks
 from secateur.core.method import method
 from secateur.core.recipe import Recipe
-from secateur.core.slots import Scope
+from secateur.core.slots import Schedule, Scope
 from secateur.core.units import Scores, Units
 from secateur.errors import DataNeeded
 from secateur.parts.allocation.ranking import Global
@@ -35,6 +35,9 @@ from secateur.training.loop import Trainer
 
 TRAINING = FineTune(epochs=2, lr=0.01)
 """Of methods that learn in training."""
+
+SHORT = 3
+"""Pruning moments of methods that have many."""
 
 Check = Callable[[str, str], None]
 """Called with (method, granularity); raises AssertionError with a message."""
@@ -253,6 +256,7 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
     learns = method(name).recipe.criterion.learns
     if learns:
         slots.pop("schedule", None)  # its own comes after some training
+    slots.setdefault("schedule", _short(method(name).recipe.schedule))
     return prune(
         model,
         x,
@@ -263,6 +267,12 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
         recovery=TRAINING if learns else "none",
         **slots,
     )
+
+
+def _short(schedule: Schedule) -> Schedule:
+    """Return a schedule with few pruning moments: a hundred show no more."""
+    steps = getattr(schedule, "steps", 1)
+    return schedule if steps <= SHORT else schedule.model_copy(update={"steps": SHORT})
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
