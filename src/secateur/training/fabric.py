@@ -16,7 +16,7 @@ from secateur.core.slots import Precision
 from secateur.errors import InvalidRecipe
 from secateur.training.data import TensorBatches
 
-__all__ = ["Fabric", "average_buffers", "join_processes", "make_fabric", "share_data"]
+__all__ = ["Fabric", "average_buffers", "join_processes", "make_fabric", "processes", "share_data"]
 
 
 def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
@@ -50,15 +50,21 @@ def join_processes(model: nn.Module) -> None:
         make_fabric(model)
 
 
+def processes() -> int:
+    """Return how many processes train together."""
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if connected else 1
+
+
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Give all processes the mean of their running statistics; mutates `model`. Parameters agree already."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if processes() == 1:
         return
     for buffer in model.buffers():
         if buffer.is_floating_point():
             torch.distributed.all_reduce(buffer)
-            buffer.div_(torch.distributed.get_world_size())
+            buffer.div_(processes())
 
 
 def share_data(data: Data) -> Data:

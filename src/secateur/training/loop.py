@@ -23,7 +23,7 @@ from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.inputs import aliases_of, undisturbed
 from secateur.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from secateur.training.data import TensorBatches
-from secateur.training.fabric import average_buffers, make_fabric, share_data
+from secateur.training.fabric import average_buffers, make_fabric, processes, share_data
 
 History = list[dict[str, float]]
 """Entries with step, train_loss (mean since the last entry) and lr; validation at the start and after each epoch."""
@@ -264,10 +264,13 @@ def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _fast_layout(model: nn.Module) -> Iterator[None]:
-    """Put kernels into the memory layout in which CPU convolutions are fastest, if it is safe; restored."""
+    """Put kernels into the memory layout in which CPU convolutions are fastest, if it is safe; restored.
+
+    What shares gradients among several processes remembers the layout that kernels had before, and would mix them up.
+    """
     shared = {owner for aliases in aliases_of(model) for owner in aliases.values()}  # moving them would part them
     kernels = [p for name, p in model.named_parameters() if p.dim() == 4 and name not in shared]
-    kernels = kernels if channels_last_is_safe(model) else []
+    kernels = kernels if channels_last_is_safe(model) and processes() == 1 else []
     strides = [p.stride() for p in kernels]
     for parameter in kernels:
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
