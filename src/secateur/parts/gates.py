@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import batch_size
 from secateur.core.context import Context, twice_differentiable
@@ -44,6 +46,7 @@ class Gates:
     """
 
     def __init__(self, units: Units) -> None:
+        self._model = units.model
         if isinstance(units, ChannelUnits):
             self._places = _places_of_axes(units)
         elif isinstance(units, DepthUnits):
@@ -59,38 +62,77 @@ class Gates:
             gates: By group; of shape (units,), or (samples, units) for factors per sample. Groups that are not named
                 are not gated. Their values may change in place meanwhile.
         """
+        with self._hooked({group: _Gate(values) for group, values in gates.items()}):
+            yield
+
+    @contextmanager
+    def mixed(self, gates: Mapping[str, Tensor], controls: Tensor) -> Iterator[None]:
+        """Mix units with those of other inputs while this lasts: gate * unit + (1 - gate) * the unit for its control.
+
+        The model, called on a tensor, runs on it and on the controls behind it, which are never mixed, and returns what
+        it has for the tensor alone.
+
+        Args:
+            gates: As for `applied`.
+            controls: As many inputs as the model is called on, one for each.
+        """
+        model, n = self._model, len(controls)
+        with self._hooked({group: _Mixture(values) for group, values in gates.items()}), ExitStack() as stack:
+            doubled = model.register_forward_pre_hook(lambda _, inputs: (torch.cat([inputs[0], controls]), *inputs[1:]))
+            halved = model.register_forward_hook(lambda _, __, output: tree_map_only(Tensor, lambda x: x[:n], output))
+            stack.callback(doubled.remove)
+            stack.callback(halved.remove)
+            yield
+
+    @contextmanager
+    def _hooked(self, gates: Mapping[str, _Gate]) -> Iterator[None]:
         with ExitStack() as stack:
             for place in self._places:
                 if place.group in gates:
-                    gate, module = _Gate(gates[place.group], place.dim, place.units), place.module
-                    register = module.register_forward_pre_hook if place.reads else module.register_forward_hook
-                    handle = register(gate.of_input if place.reads else gate.of_output)  # type: ignore[arg-type]
-                    stack.callback(handle.remove)
+                    stack.callback(gates[place.group].hook(place).remove)
             yield
 
 
 class _Gate:
-    def __init__(self, values: Tensor, dim: int, index: Tensor) -> None:
-        self._values, self._dim, self._index = values, dim, index.to(values.device)
+    """Multiplies the units of one group."""
 
-    def _factor(self) -> Tensor:
-        """Return the factor of each index; read anew in every call, so that values may change in between."""
-        inside, picked = self._index >= 0, self._values[..., self._index.clamp_min(0)]
-        return torch.where(inside, picked, torch.ones_like(picked))
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
 
-    def __call__(self, x: Tensor) -> Tensor:
-        factor = self._factor()
+    def hook(self, place: _Place) -> RemovableHandle:
+        """Act at a place from now on."""
+        index = place.units.to(self._values.device)
+
+        def of_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self.act(inputs[0], self._factor(inputs[0], place.dim, index)), *inputs[1:])
+
+        def of_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self.act(output, self._factor(output, place.dim, index))
+
+        if place.reads:
+            return place.module.register_forward_pre_hook(of_input)
+        return place.module.register_forward_hook(of_output)
+
+    def act(self, x: Tensor, factor: Tensor) -> Tensor:
+        return x * factor
+
+    def _factor(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Return the factors along a dim; read anew in every call, so that values may change in between."""
+        inside, picked = index >= 0, self._values[..., index.clamp_min(0)]
+        factor = torch.where(inside, picked, torch.ones_like(picked))
         shape = [1] * x.dim()
-        shape[self._dim] = factor.shape[-1]
+        shape[dim] = factor.shape[-1]
         if factor.dim() == 2:
             shape[0] = x.shape[0]
-        return x * factor.to(x.dtype).view(shape)
+        return factor.to(x.dtype).view(shape)
 
-    def of_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self(inputs[0]), *inputs[1:])
 
-    def of_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self(output)
+class _Mixture(_Gate):
+    """Mixes the units of one group with those of the controls, which are the second half of the samples."""
+
+    def act(self, x: Tensor, factor: Tensor) -> Tensor:
+        real, control = x.chunk(2)
+        return torch.cat([control + factor * (real - control), control])
 
 
 def _places_of_axes(units: ChannelUnits) -> list[_Place]:

@@ -77,7 +77,7 @@ def scoring_leaves_no_trace(name: str, granularity: str) -> None:
     model = units.model.train()
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before, rng = _snapshot(model), torch.get_rng_state()
-    method(name).recipe.criterion.score(Context(units, data, learned=learned))
+    recipe_of(name).criterion.score(Context(units, data, learned=learned))
     assert torch.equal(rng, torch.get_rng_state()), f"{name}: scoring used the global random state"
     after = _snapshot(model)
     assert before.keys() == after.keys(), f"{name}: scoring added or removed attributes"
@@ -95,18 +95,18 @@ def same_seed_same_scores(name: str, granularity: str) -> None:
 def data_as_declared(name: str, granularity: str) -> None:
     """A method that declares no data uses none; one that declares some says so when there is none."""
     declared = method(name).card.data
-    if method(name).recipe.criterion.learns:
+    if recipe_of(name).criterion.learns:
         assert declared != "none", f"{name}: learns in training, which needs data"
         return
     units, data = _units(granularity)
     context = Context(units, data)
-    method(name).recipe.criterion.score(context)
+    recipe_of(name).criterion.score(context)
     if declared == "none":
         assert context.samples_used == 0, f"{name}: the card says no data, {context.samples_used} samples were used"
         return
     assert context.samples_used > 0, f"{name}: the card says {declared}, no data were used"
     try:
-        method(name).recipe.criterion.score(Context(units, None))
+        recipe_of(name).criterion.score(Context(units, None))
     except DataNeeded:
         return
     raise AssertionError(f"{name}: needs data, but scored without")
@@ -223,6 +223,13 @@ CHECKS: tuple[Check, ...] = (
 # ----------------------------------------------------------------------------------------------------- helpers
 
 
+def recipe_of(name: str) -> Recipe:
+    """Return a method's recipe; a criterion that trains something inside its scores does so for one epoch only."""
+    recipe = method(name).recipe
+    quick = {"epochs": 1} if "epochs" in type(recipe.criterion).model_fields else {}
+    return recipe.but(criterion=recipe.criterion.model_copy(update=quick))
+
+
 def _units(granularity: str, network: str = "resnet20") -> tuple[Units, list[tuple[Tensor, Tensor]]]:
     model, x = toy(network)
     recipe = Recipe(criterion="random", granularity=granularity)
@@ -235,12 +242,12 @@ def _sizes(granularity: str) -> dict[str, int]:
 
 def _score(name: str, units: Units, data: Any, seed: int = 0) -> Scores:
     learned = _learned(name, units, data, seed)
-    return method(name).recipe.criterion.score(Context(units, data, seed=seed, learned=learned))
+    return recipe_of(name).criterion.score(Context(units, data, seed=seed, learned=learned))
 
 
 def _learned(name: str, units: Units, data: Any, seed: int = 0) -> Hooks | None:
     """Train a little, if that is where the method learns; mutates the model."""
-    recipe = method(name).recipe
+    recipe = recipe_of(name)
     if not recipe.criterion.learns:
         return None
     with torch.random.fork_rng():
@@ -253,14 +260,14 @@ def _learned(name: str, units: Units, data: Any, seed: int = 0) -> Hooks | None:
 
 def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Budget, **slots: Any) -> Any:
     network = "mlp" if isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Flatten) else "resnet20"
-    learns = method(name).recipe.criterion.learns
+    learns = recipe_of(name).criterion.learns
     if learns:
         slots.pop("schedule", None)  # its own comes after some training
     slots.setdefault("schedule", _short(method(name).recipe.schedule))
     return prune(
         model,
         x,
-        method=name,
+        method=recipe_of(name),
         granularity=granularity,
         budget=budget,
         data=toy_batches(network),
