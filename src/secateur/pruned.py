@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from secateur.core import engine
+from secateur.core.batches import Data
 from secateur.core.budget import Budget
 from secateur.core.recipe import Recipe
 from secateur.measure.profile import Profile
@@ -21,6 +22,10 @@ from secateur.training.loop import History
 
 if TYPE_CHECKING:
     from secateur.measure.report import Page, Section
+    from secateur.measure.similarity import Similarity
+
+SAMPLES_COMPARED = 256
+"""Of the dense and the pruned network, in a report."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,29 @@ class Pruned:
             "after": self.after.as_dict(),
         }
 
-    def report(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return a page about this run as HTML that works offline, and write it to `path` if one is given."""
-        page = _page(self)
+    def report(
+        self, path: str | os.PathLike[str] | None = None, *, dense: nn.Module | None = None, data: Data | None = None
+    ) -> str:
+        """Return a page about this run as HTML that works offline.
+
+        Args:
+            path: Where to write it, if anywhere.
+            dense: The original network. With it and `data`, the page shows how alike the layers of both networks are.
+            data: Batches, of which the first 256 samples or so are taken.
+        """
+        page = _page(self, None if dense is None or data is None else _similarity(dense, self.model, data))
         if path is not None:
             page.write(path)
         return page.html()
 
 
-def _page(pruned: Pruned) -> Page:
+def _similarity(dense: nn.Module, pruned: nn.Module, data: Data) -> Similarity:
+    from secateur.measure.similarity import similarity, some_samples
+
+    return similarity(dense, pruned, some_samples(data, SAMPLES_COMPARED))
+
+
+def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
     # Plotly takes a second to import, and most runs need no page.
     from secateur.measure.report import (
         Page,
@@ -86,6 +105,7 @@ def _page(pruned: Pruned) -> Page:
         count,
         depth_section,
         frozen_section,
+        similarity_section,
         training_figure,
         widths_section,
     )
@@ -97,6 +117,8 @@ def _page(pruned: Pruned) -> Page:
         sections.append(section(pruned.structure, pruned.structure_plan))
     if pruned.history:
         sections.append(Section("Recovery", figure=training_figure({"pruned": pruned.history})))
+    if similarity is not None:
+        sections.append(similarity_section(similarity))
     if pruned.structure is not None:
         sections.append(frozen_section(pruned.structure))
         what = f"{change(before.macs, after.macs)} MACs, {change(before.params, after.params)} parameters"

@@ -93,7 +93,7 @@ def command(
     if subject["test"] is not None:
         record["test_accuracy"] = {"before": subject["test"](subject["model"]), "after": subject["test"](pruned.model)}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    pruned.report(out / "report.html")
+    pruned.report(out / "report.html", dense=subject["model"], data=subject["validation"] or subject["train"])
     if as_json:
         print_json(record)
         return

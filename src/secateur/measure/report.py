@@ -19,6 +19,7 @@ from secateur.atomic import written_atomically
 from secateur.environment import environment
 
 if TYPE_CHECKING:
+    from secateur.measure.similarity import Similarity
     from secateur.structure.plan import Plan
     from secateur.structure.structure import Structure
 
@@ -27,6 +28,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8a929c"
 MINUS = "\N{MINUS SIGN}"
 FROZEN_TEXT = "An axis is cut only if its slices are known in every tensor that holds them. These were left alone."
+
+SIMILARITY_TEXT = (
+    "Centered kernel alignment of the layers' outputs: 1 where both networks see the samples alike, up to rotation and "
+    "scale."
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,27 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> s
     return _div(figure)
 
 
+def similarity_figure(similarity: Similarity) -> str:
+    """Return a heat map of the similarity of each layer of one network (rows) to each of another (columns)."""
+    figure = _figure("layers of the pruned network", "layers of the dense network")
+    figure.add_heatmap(
+        x=similarity.second,
+        y=similarity.first,
+        z=similarity.values.tolist(),
+        zmin=0,
+        zmax=1,
+        colorscale="Viridis",
+        colorbar={"title": similarity.index.upper(), "thickness": 14, "outlinewidth": 0},
+        hovertemplate="dense: %{y}<br>pruned: %{x}<br>%{z:.3f}<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    figure.update_xaxes(showgrid=False, type="category", tickangle=-60)
+    figure.update_layout(height=min(900, 260 + 22 * len(similarity.first)))
+    return _div(figure)
+
+
 _GRID: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
 
 
@@ -224,6 +251,17 @@ def depth_section(structure: Structure, plan: Plan) -> Section:
         gone = any(path in dropped for path, _ in branch.modules)
         rows.append((branch.name, count(branch.macs), "dropped" if gone else branch.reason or "kept"))
     return Section("Residual branches", table=Table(("branch", "MACs", ""), rows, text_columns=(0, 2)))
+
+
+def similarity_section(similarity: Similarity) -> Section:
+    """Return the section on how alike the layers of the dense and the pruned network see the same samples."""
+    same, text = similarity.of_same(), SIMILARITY_TEXT
+    if same:
+        least = min(same, key=lambda name: same[name])
+        mean = sum(same.values()) / len(same)
+        text += f" Layers of the same name have {mean:.2f} on average, {least} the least: {same[least]:.2f}."
+    caption = "Rows: the dense network. Columns: the pruned one."
+    return Section("Representations, layer by layer", text, figure=similarity_figure(similarity), caption=caption)
 
 
 def frozen_section(structure: Structure) -> Section:
