@@ -192,5 +192,5 @@ def test_what_cannot_be_compared_is_said():
         kernels(model, toy_batches("mlp"), ["11"])
     with pytest.raises(InvalidInputs, match="must divide"):
         kernels(model, toy_batches("mlp"), sketch=Sketch(10, 3))
-    with pytest.raises(NotApplicable, match="returns a tuple"):
+    with pytest.raises(NotApplicable, match="A tuple passes the layer"):
         kernels(nn.Sequential(nn.LSTM(3, 4)), [torch.randn(2, 5, 3)], ["0"])

@@ -59,10 +59,11 @@ def kernels(
     data: Data,
     layers: Sequence[str] | None = None,
     *,
+    at: Literal["output", "input"] = "output",
     gradients: bool = False,
     sketch: Sketch | None = None,
 ) -> Kernels:
-    """Return the kernel of each layer's output, not centered; the model is left as it was.
+    """Return the kernel of each layer's output (or input), not centered; the model is left as it was.
 
     Without a sketch the kernel is exact, of shape (samples, samples): the batches are held, the features of two of them
     at a time, and n batches go through the network n (n + 1) / 2 times. With one, each goes through once, and for each
@@ -72,6 +73,7 @@ def kernels(
         model: Any network; in eval mode meanwhile.
         data: Batches; no labels are used.
         layers: Paths of modules that return a tensor; default: all linear and convolutional ones that run.
+        at: Which side of the layers to look at.
         gradients: Multiply by the kernel of gradients of sum of q log p by the features, with p the predicted
             probabilities and q proportional to their square roots, held fixed.
         sketch: Project the samples.
@@ -84,7 +86,7 @@ def kernels(
     batches = [to_model(batch, model) for batch in data]
     if not batches:
         raise DataNeeded("Similarity compares how networks see data, and there are none. Pass some batches.")
-    see = _eyes(model, _layers(model, layers), gradients)
+    see = _eyes(model, _layers(model, layers), at == "input", gradients)
     return _exact(see, batches) if sketch is None else _sketched(see, batches, sketch)
 
 
@@ -165,45 +167,47 @@ def _layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Modul
     return {name: modules[name] for name in names}
 
 
-def _eyes(model: nn.Module, layers: Mapping[str, nn.Module], gradients: bool) -> Callable[[Any], dict[str, _Seen]]:
+def _eyes(
+    model: nn.Module, layers: Mapping[str, nn.Module], reads: bool, gradients: bool
+) -> Callable[[Any], dict[str, _Seen]]:
     """Return a function from a batch to what each layer makes of it."""
 
     def see(batch: Any) -> dict[str, _Seen]:
         args, kwargs, _ = split_batch(batch)
-        with undisturbed(model), torch.set_grad_enabled(gradients), _tapped(layers, gradients) as outputs:
+        with undisturbed(model), torch.set_grad_enabled(gradients), _tapped(layers, reads, gradients) as tapped:
             output = model(*args, **kwargs)
-            slopes: Sequence[Tensor | None] = [None] * len(outputs)
+            slopes: Sequence[Tensor | None] = [None] * len(tapped)
             if gradients:
-                slopes = torch.autograd.grad(_likelihood(output), list(outputs.values()), materialize_grads=True)
+                slopes = torch.autograd.grad(_likelihood(output), list(tapped.values()), materialize_grads=True)
         return {
             name: _Seen(x.detach().flatten(1), None if g is None else g.flatten(1))
-            for (name, x), g in zip(outputs.items(), slopes, strict=True)
+            for (name, x), g in zip(tapped.items(), slopes, strict=True)
         }
 
     return see
 
 
 @contextmanager
-def _tapped(layers: Mapping[str, nn.Module], gradients: bool) -> Iterator[dict[str, Tensor]]:
-    """Yield the outputs of layers by name, as they come; later operations cannot change them in place."""
-    outputs: dict[str, Tensor] = {}
+def _tapped(layers: Mapping[str, nn.Module], reads: bool, gradients: bool) -> Iterator[dict[str, Tensor]]:
+    """Yield the outputs (or inputs) of layers by name, as they come; later operations cannot change them in place."""
+    tapped: dict[str, Tensor] = {}
+
+    def tap(name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise NotApplicable(f"A {type(value).__name__} passes the layer {name!r}, not a tensor; leave it out.")
+        tapped[name] = value if value.requires_grad or not gradients else value.detach().requires_grad_()
+        return tapped[name].clone()
 
     def listener(name: str) -> Any:
-        def listen(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise NotApplicable(
-                    f"The layer {name!r} returns a {type(output).__name__}, not a tensor; leave it out."
-                )
-            known = output.requires_grad or not gradients
-            outputs[name] = output if known else output.detach().requires_grad_()
-            return outputs[name].clone()
-
-        return listen
+        if reads:
+            return lambda module, inputs: (tap(name, inputs[0]), *inputs[1:])
+        return lambda module, inputs, output: tap(name, output)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(listener(name)).remove)
-        yield outputs
+            register = layer.register_forward_pre_hook if reads else layer.register_forward_hook
+            stack.callback(register(listener(name)).remove)
+        yield tapped
 
 
 def _likelihood(output: Any) -> Tensor:
@@ -219,7 +223,7 @@ def cka(first: Tensor, second: Tensor) -> float:
     """Return the centered kernel alignment <A, B> / (|A| |B|) of two kernels, in [0, 1]; 0 if one is constant."""
     a, b = centered(first), centered(second)
     size = float(a.norm() * b.norm())
-    return float((a * b).sum()) / size if size > 0 else 0.0
+    return min(1.0, float((a * b).sum()) / size) if size > 0 else 0.0
 
 
 def bures(first: Tensor, second: Tensor) -> float:
@@ -316,7 +320,7 @@ def some_samples(data: Data, samples: int) -> list[Any]:
     """Return the first batches of some data, up to and including the one with which there are enough samples."""
     found: list[Any] = []
     for batch in data:
+        found.append(batch)
         if sum(map(batch_size, found)) >= samples:
             break
-        found.append(batch)
     return found
