@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from secateur.core import engine
 from secateur.core.batches import Data
 from secateur.core.budget import Budget
 from secateur.core.recipe import Recipe
+from secateur.errors import StructureError
+from secateur.measure.effective import Effective, effective
 from secateur.measure.profile import Profile
 from secateur.structure.inputs import Inputs
 from secateur.structure.plan import Plan
@@ -62,6 +65,21 @@ class Pruned:
     proofs: tuple[Verification, ...] = ()
     inputs: Inputs = field(default=Inputs((), {}), repr=False)
 
+    @cached_property
+    def effective(self) -> Effective | None:
+        """What has an effect in the pruned network; None if its axes cannot be proved."""
+        try:
+            return effective(self.model, self.inputs)
+        except StructureError:
+            return None
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """The masked tensors of which nothing has an effect any more (layer collapse)."""
+        if self.effective is None:
+            return tuple(name for name, mask in self.masks.items() if not mask.any())
+        return tuple(name for name in self.masks if self.effective.weights[name] == 0)
+
     def about(self) -> dict[str, Any]:
         """Return what was done and what came out, as plain data."""
         return {
@@ -107,6 +125,7 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         frozen_section,
         similarity_section,
         training_figure,
+        weights_section,
         widths_section,
     )
 
@@ -115,6 +134,8 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
     if pruned.structure is not None:
         section = depth_section if pruned.structure_plan.dropped else widths_section
         sections.append(section(pruned.structure, pruned.structure_plan))
+    else:
+        sections.append(weights_section(pruned.masks, pruned.effective, pruned.collapsed))
     if pruned.history:
         sections.append(Section("Recovery", figure=training_figure({"pruned": pruned.history})))
     if similarity is not None:
@@ -126,6 +147,7 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         tile = Tile(f"{error:.0e}", "largest relative difference between cut and masked network")
     else:
         what = f"{100 * (1 - after.nonzero_params / after.params):.1f} % of the weights are zero"
+        what += ", LAYER COLLAPSE" if pruned.collapsed else ""
         tile = Tile(count(after.nonzero_params), "weights that are not zero")
     return Page(
         title="secateur: pruned network",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.measure.effective import effective_params
+from secateur.measure.effective import effective, effective_params
 from secateur.testing.toys import resnet20
 
 
@@ -56,3 +56,25 @@ def test_a_residual_stream_lives_as_long_as_one_writer_and_one_reader():
     pruned = sc.prune(model, torch.zeros(1, 3, 16, 16), method="random", budget=sc.Budget(sparsity=0.97)).model
     effective = effective_params(pruned, torch.zeros(1, 3, 16, 16))
     assert effective < sum(int((p != 0).sum()) for p in pruned.parameters())
+
+
+@torch.no_grad()
+def test_units_that_are_cut_off_are_counted_on_both_sides(net):
+    net[0].weight[0] = 0
+    net[2].weight[1, 1:] = 0
+    found = effective(net, torch.zeros(1, 4))
+    assert found.cut_off == {"0": 1, "2": 1} and found.params == count(net)
+    assert found.weights["0.weight"] == 8 and found.weights["4.weight"] == 4
+
+
+@torch.no_grad()
+def test_a_collapsed_layer_takes_all_others_with_it_and_the_report_says_so(net):
+    x = torch.zeros(1, 4)
+    net[2].weight.mul_(1e-6)
+    pruned = sc.prune(net, x, method="magnitude", budget=sc.Budget(sparsity=0.5))
+    assert pruned.collapsed == ("0.weight", "2.weight", "4.weight")
+    page = pruned.report()
+    assert "Warning, layer collapse: nothing of 0.weight, 2.weight, 4.weight" in page and "LAYER COLLAPSE" in page
+    assert "Units without such a path: 6: 3 of 0, 3 of 2." in page
+    healthy = sc.prune(net, x, method="magnitude", allocation="uniform", budget=sc.Budget(sparsity=0.3))
+    assert healthy.collapsed == () and "layer collapse" not in healthy.report().lower()

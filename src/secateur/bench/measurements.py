@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 from secateur.bench.records import Metric, Quantiles, Timing
-from secateur.errors import StructureError
-from secateur.measure.effective import effective_params
 from secateur.measure.latency import compare_latency
 from secateur.pruned import Pruned
 from secateur.structure.inputs import state_of
@@ -31,10 +29,7 @@ def share(value: float, n: int) -> Metric:
 
 def effective_sparsity(pruned: Pruned) -> float | None:
     """Return the share of the dense network's parameters that have no effect any more; None if that is not known."""
-    try:
-        return 1 - effective_params(pruned.model, pruned.inputs) / pruned.before.params
-    except StructureError:
-        return None
+    return None if pruned.effective is None else 1 - pruned.effective.params / pruned.before.params
 
 
 def reached(pruned: Pruned) -> float:

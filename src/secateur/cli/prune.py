@@ -68,6 +68,7 @@ def command(
 ) -> None:
     """Prune a network as a recipe file says; writes model.safetensors, record.json and report.html."""
     from secateur.api import prune, save
+    from secateur.measure.report import collapse_warning
 
     changes = {"model": model, "data": data, "seed": seed}
     run = read_run_file(recipe, {k: v for k, v in changes.items() if v is not None})
@@ -90,6 +91,8 @@ def command(
     out.mkdir(parents=True, exist_ok=True)
     save(pruned, out / "model.safetensors")
     record = {**pruned.about(), "history": pruned.history, "run": run.model_dump(mode="json", exclude_none=True)}
+    if pruned.masks:
+        record["collapsed"] = pruned.collapsed
     if subject["test"] is not None:
         record["test_accuracy"] = {"before": subject["test"](subject["model"]), "after": subject["test"](pruned.model)}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -102,6 +105,11 @@ def command(
     console.print(f"parameters  {before.params:>14,} -> {after.params:,} ({after.params / before.params:.3f})")
     if after.params == before.params:
         console.print(f"non-zero    {before.nonzero_params:>14,} -> {after.nonzero_params:,}")
+    if pruned.masks and pruned.effective is not None:
+        units = sum(pruned.effective.cut_off.values())
+        console.print(f"on a path   {'':>14}    {pruned.effective.params:,} ({units} units are cut off)")
+    if pruned.collapsed:
+        console.print(collapse_warning(pruned.collapsed), style="bold red", markup=False)
     if "test_accuracy" in record:
         accuracy = record["test_accuracy"]
         console.print(f"accuracy    {100 * accuracy['before']:>12.2f} % -> {100 * accuracy['after']:.2f} % (test)")

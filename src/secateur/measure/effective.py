@@ -8,6 +8,8 @@ arXiv 2107.02306). At high sparsity that is a large part of what is left.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,24 @@ from secateur.structure.inputs import as_inputs
 from secateur.structure.structure import Axis
 
 
+@dataclass(frozen=True)
+class Effective:
+    """What of a sparse network has an effect.
+
+    Attributes:
+        weights: Weights that are not zero and lie on a path from the input to the output, by tensor.
+        cut_off: Units without such a path, by axis; axes that have none are left out.
+    """
+
+    weights: Mapping[str, int]
+    cut_off: Mapping[str, int]
+
+    @property
+    def params(self) -> int:
+        """All parameters that have an effect."""
+        return sum(self.weights.values())
+
+
 def effective_params(model: nn.Module, example_inputs: Any) -> int:
     """Return the number of parameters that are not zero and lie on a path from the input to the output.
 
@@ -28,18 +48,24 @@ def effective_params(model: nn.Module, example_inputs: Any) -> int:
     Raises:
         StructureError: The axes of the network could not be proved.
     """
+    return effective(model, example_inputs).params
+
+
+def effective(model: nn.Module, example_inputs: Any) -> Effective:
+    """Return which weights and units lie on a path from the input to the output; see `effective_params`."""
     units = ChannelUnits(copy.deepcopy(model), as_inputs(example_inputs), Scope())
     alive = {name: (parameter != 0).cpu() for name, parameter in model.named_parameters()}
-    before = -1
+    before, dead = -1, dict.fromkeys(units.shapes, 0)
     while (left := _count(alive)) != before:
         before = left
         for axis in units.structure.prunable:
-            _bury(axis, units, alive)
-    return before
+            dead[axis.name] = _bury(axis, units, alive)
+    weights = {name: int(mask.sum()) for name, mask in alive.items()}
+    return Effective(weights, {name: count for name, count in dead.items() if count})
 
 
-def _bury(axis: Axis, units: ChannelUnits, alive: dict[str, Tensor]) -> None:
-    """Mark all parameters of the axis's dead units as dead; changes `alive`."""
+def _bury(axis: Axis, units: ChannelUnits, alive: dict[str, Tensor]) -> int:
+    """Mark all parameters of the axis's dead units as dead and return how many units are; changes `alive`."""
     places = [(name, position) for name, position in axis.members if name in alive]
     kernels = [(name, position) for name, position in places if alive[name].dim() > 1]
     readers = [place for place in kernels if units.consumes(*place)]
@@ -52,6 +78,7 @@ def _bury(axis: Axis, units: ChannelUnits, alive: dict[str, Tensor]) -> None:
         index = unit_index(units.structure.tensors[name][position], axis.leaf)
         gone = (index >= 0) & dead[index.clamp_min(0)]
         alive[name].movedim(position, 0)[gone] = False
+    return int(dead.sum())
 
 
 def _living(axis: Axis, units: ChannelUnits, alive: dict[str, Tensor], place: tuple[str, int]) -> Tensor:

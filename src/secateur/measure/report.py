@@ -19,6 +19,9 @@ from secateur.atomic import written_atomically
 from secateur.environment import environment
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.measure.effective import Effective
     from secateur.measure.similarity import Similarity
     from secateur.structure.plan import Plan
     from secateur.structure.structure import Structure
@@ -240,6 +243,43 @@ def widths_section(structure: Structure, plan: Plan) -> Section:
         "Kept width per layer",
         figure=widths_figure(before, after),
         caption="Units of each free axis before and after. An axis runs through every tensor that shares it.",
+    )
+
+
+def weights_section(masks: Mapping[str, Tensor], effective: Effective | None, collapsed: Sequence[str]) -> Section:
+    """Return the section on the weights that are left in each layer, and on those of them that have an effect."""
+    rows = []
+    for name, mask in masks.items():
+        kept = int(mask.sum())
+        works = "unknown" if effective is None else f"{effective.weights[name]:,}"
+        rows.append((name, f"{mask.numel():,}", f"{kept:,}", f"{100 * kept / mask.numel():.2f} %", works))
+    return Section(
+        "Weights per layer",
+        text=collapse_warning(collapsed),
+        table=Table(("layer", "weights", "kept", "density", "on a path"), rows),
+        caption=_cut_off(effective),
+    )
+
+
+def collapse_warning(collapsed: Sequence[str]) -> str:
+    """Return what it means that nothing of some layers has an effect; empty if there are none."""
+    if not collapsed:
+        return ""
+    return (
+        f"Warning, layer collapse: nothing of {_some(collapsed)} has an effect any more. Where no shortcut leads "
+        "around such a layer, the output does not depend on the input. Ask for less sparsity, or for an allocation or "
+        "a method that keeps every layer alive (uniform, erk, synflow)."
+    )
+
+
+def _cut_off(effective: Effective | None) -> str:
+    if effective is None:
+        return "Which weights lie on a path from the input to the output is not known: the axes could not be proved."
+    units = sum(effective.cut_off.values())
+    which = f": {_some([f'{count} of {axis}' for axis, count in effective.cut_off.items()])}" if units else ""
+    return (
+        "On a path: weights that are not zero and lie on a path from the input to the output. "
+        f"Units without such a path: {units}{which}."
     )
 
 
