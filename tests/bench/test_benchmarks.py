@@ -126,3 +126,29 @@ def test_a_ladder_may_say_which_tensors_are_pruned(tmp_path):
     assert Recipe(**run.recipe).scope.include == ("blocks.*",)
     (run,) = plan(plain, "0" * 16, methods=["magnitude"], budgets=[sc.Budget(sparsity=0.9)], seeds=[0])[1:]
     assert Recipe(**run.recipe).scope.include == ("*",)
+
+
+def test_sanity_checks_of_a_method_are_controls_with_its_own_mask(tmp_path):
+    content = yaml.safe_load(find_file().read_text())
+    content["ladders"][1]["sanity"] = [content["ladders"][1]["budgets"][-1]]
+    benchmark = read_benchmark(write(tmp_path, {"ladders": content["ladders"]}))
+    runs = plan(benchmark, "0" * 16, seeds=[0])
+    labels = {run.label for run in runs}
+    budget = budget_label(benchmark.ladders[1].budgets[-1])
+    assert {f"snip+shuffled weight {budget} seed 0", f"snip+fresh weight {budget} seed 0"} <= labels
+    checks = [run for run in runs if "+" in run.arm]
+    assert {run.budget_label for run in checks} == {budget} and not any(r.arm.startswith("random+") for r in checks)
+    assert {run.role for run in checks} == {"control"} and {run.granularity for run in checks} == {"weight"}
+    found = {run.arm: Recipe(**run.recipe) for run in checks}
+    plain = {run.arm: Recipe(**run.recipe) for run in runs if run.recipe and run.granularity == "weight"}
+    for name in ("snip", "magnitude"):
+        shuffled, fresh = found[f"{name}+shuffled"], found[f"{name}+fresh"]
+        assert shuffled.but(allocation=plain[name].allocation) == plain[name]
+        assert shuffled.allocation.of == plain[name].allocation
+        assert fresh.weights_from == "fresh" and fresh.recovery.epochs == benchmark.training.epochs
+        assert fresh.but(weights_from=plain[name].weights_from, recovery=plain[name].recovery) == plain[name]
+    asked = plan(find_benchmark("digits/resnet8"), "0" * 16, ["magnitude+fresh"], [parse_budget("sparsity=0.9")], [0])
+    assert [run.label for run in asked] == ["dense seed 0", "magnitude+fresh weight sparsity=0.9 seed 0"]
+    with pytest.raises(InvalidRecipe, match="sanity must name budgets"):
+        content["ladders"][1]["sanity"] = [{"sparsity": 0.123}]
+        read_benchmark(write(tmp_path, {"ladders": content["ladders"]}))

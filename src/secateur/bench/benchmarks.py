@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from secateur.bench.records import Reported, Run
 from secateur.core import registry
@@ -16,11 +16,15 @@ from secateur.core.recipe import Recipe
 from secateur.core.slots import Granularity, Recovery, Scope
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe, UnknownName
+from secateur.parts.allocation.shuffled import Shuffled
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks import find_task
 from secateur.yaml_file import read_yaml
 
 DENSE = "dense"
+
+SANITY = ("shuffled", "fresh")
+"""Controls of any method, as ``snip+shuffled``: its mask shuffled within each layer, and new weights under its mask."""
 
 
 class TaskName(Value):
@@ -45,12 +49,22 @@ class Ladder(Value):
         budgets: From the largest network to the smallest.
         recovery: What every pruned network gets.
         scope: Which tensors or axes may be pruned; default: what each method says.
+        sanity: Budgets at which each method is run with its sanity checks too (`SANITY`).
     """
 
     granularity: Annotated[SerializeAsAny[Granularity], BeforeValidator(Granularity.parse)]
     budgets: tuple[Budget, ...] = Field(min_length=1)
     recovery: Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]
     scope: Scope | None = None
+    sanity: tuple[Budget, ...] = ()
+
+    @field_validator("sanity")
+    @classmethod
+    def _among_the_budgets(cls, sanity: tuple[Budget, ...], others: ValidationInfo) -> tuple[Budget, ...]:
+        for budget in sanity:
+            if budget not in others.data.get("budgets", sanity):
+                raise InvalidRecipe(f"sanity must name budgets of the ladder; got {budget_label(budget)}")
+        return sanity
 
 
 class Control(Value):
@@ -209,9 +223,10 @@ def plan(
         UnknownName: A method that does not exist, a control or budget that the benchmark does not have.
     """
     arms = (*benchmark.controls, *benchmark.methods())
+    checks = tuple(f"{arm}+{check}" for arm in arms for check in SANITY)
     offered = {budget_label(budget): budget for ladder in benchmark.ladders for budget in ladder.budgets}
     chosen = tuple(offered) if budgets is None else tuple(budget_label(budget) for budget in budgets)
-    for kind, names, known in (("method", methods or (), arms), ("budget", chosen, tuple(offered))):
+    for kind, names, known in (("method", methods or (), (*arms, *checks)), ("budget", chosen, tuple(offered))):
         for name in names:
             if name not in known:
                 raise UnknownName(f"{kind} of benchmark {benchmark.name!r}", name, known)
@@ -220,14 +235,14 @@ def plan(
         dense = _dense_run(benchmark, data, seed)
         runs.append(dense)
         for ladder in benchmark.ladders:
-            for arm in methods or arms:
+            for arm in methods or (*arms, *(checks if ladder.sanity else ())):
                 recipe = _recipe(benchmark, ladder, arm)
                 if recipe is None:
                     continue
                 runs += [
                     dense.model_copy(update=_pruning(benchmark, arm, recipe, budget))
                     for budget in ladder.budgets
-                    if budget_label(budget) in chosen
+                    if budget_label(budget) in chosen and (methods or _applies(benchmark, ladder, arm, budget))
                 ]
     return tuple(sorted(runs, key=lambda run: run.role != "dense"))
 
@@ -266,12 +281,19 @@ def _dense_run(benchmark: Benchmark, data: str, seed: int) -> Run:
     )
 
 
+def _applies(benchmark: Benchmark, ladder: Ladder, arm: str, budget: Budget) -> bool:
+    """Return whether an arm that nobody asked for is run at a budget; sanity checks are for methods."""
+    base, _, check = arm.partition("+")
+    return not check or (base not in benchmark.controls and budget in ladder.sanity)
+
+
 def _pruning(benchmark: Benchmark, arm: str, recipe: Recipe, budget: Budget) -> dict[str, Any]:
-    control = benchmark.controls.get(arm)
+    base, _, check = arm.partition("+")
+    control = benchmark.controls.get(base)
     return {
-        "role": "control" if control else "method",
+        "role": "control" if control or check else "method",
         "arm": arm,
-        "method": control.method if control else arm,
+        "method": control.method if control else base,
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": recipe.hash,
         "budget": budget.model_dump(mode="json", exclude_defaults=True),
@@ -282,15 +304,21 @@ def _pruning(benchmark: Benchmark, arm: str, recipe: Recipe, budget: Budget) -> 
 def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     """Return what an arm does on a ladder; None if it does not apply there.
 
-    A network whose weights start anew gets the dense network's training, every other one the ladder's recovery.
+    A network whose weights are set back or drawn anew gets the dense network's training, every other one the ladder's
+    recovery.
     """
-    control = benchmark.controls.get(arm, Control(method=arm))
+    base, _, check = arm.partition("+")
+    control = benchmark.controls.get(base, Control(method=base))
     allowed = control.granularities or registry.cards()[control.method].granularity
     if ladder.granularity.name not in allowed:
         return None
     recipe = method(control.method).recipe.but(**control.slots)
+    if check == "shuffled":
+        recipe = recipe.but(allocation=Shuffled(of=recipe.allocation))
+    if check == "fresh":
+        recipe = recipe.but(weights_from="fresh")
     recovery = ladder.recovery
-    if recipe.weights_from in ("init", "fresh"):
+    if recipe.weights_from != "same":
         recovery = benchmark.training.model_copy(update={"compute": control.compute})
     return recipe.but(granularity=ladder.granularity, recovery=recovery, scope=ladder.scope)
 

@@ -48,12 +48,12 @@ from secateur.core.budget import Budget
 from secateur.core.recipe import Recipe
 from secateur.deploy import safetensors
 from secateur.environment import commit, environment
-from secateur.errors import InvalidFile
+from secateur.errors import InvalidFile, MissingCheckpoint
 from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.pruned import Pruned
 from secateur.tasks import find_task
-from secateur.tasks.reference import load_reference, reference_path, save_reference, train_reference
+from secateur.tasks.reference import early_state, load_reference, reference_path, save_reference, train_reference
 from secateur.tasks.task import Task
 from secateur.training.loop import History, OnStep
 
@@ -221,7 +221,7 @@ def _measure_pruned(
     with watch("reference"):
         dense, facts = reference(run, place, on_step)
     with watch("pruning and recovery"):
-        pruned = _prune(run, task, dense, on_step)
+        pruned = _prune(run, task, dense, facts, on_step)
     with watch("evaluation"):
         metrics = _metrics(run, task, task.test_accuracy(pruned.model), task.validation_accuracy(pruned.model))
     with watch("writing"):
@@ -253,7 +253,7 @@ def _measure_pruned(
     return measured, latency
 
 
-def _prune(run: Run, task: Task, dense: nn.Module, on_step: OnStep | None) -> Pruned:
+def _prune(run: Run, task: Task, dense: nn.Module, facts: dict[str, Any], on_step: OnStep | None) -> Pruned:
     assert run.recipe is not None and run.budget is not None
     recipe = Recipe(**run.recipe)
     return prune(
@@ -265,18 +265,23 @@ def _prune(run: Run, task: Task, dense: nn.Module, on_step: OnStep | None) -> Pr
         calibration=list(islice(task.train_batches(run.seed), run.calibration)),
         validation=task.validation_batches(),
         loss=task.loss,
-        checkpoints={"init": _initial_state(run, task)} if "init" in (recipe.mask_from, recipe.weights_from) else None,
+        checkpoints=_early_states(run, task, recipe, facts),
         on_step=on_step,
         precision=task.precision,
         seed=run.seed,
     )
 
 
-def _initial_state(run: Run, task: Task) -> dict[str, Tensor]:
-    """Return the weights that the training of the dense reference started from."""
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        return task.build(run.network).state_dict()
+def _early_states(run: Run, task: Task, recipe: Recipe, facts: dict[str, Any]) -> dict[str | int, dict[str, Tensor]]:
+    """Return the weights that the dense reference had at the moments that the recipe names."""
+    wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
+    if wanted and run.reference == "pretrained":
+        raise MissingCheckpoint(
+            f"Nobody knows the weights that the pretrained {run.network!r} had at {wanted.pop()!r}."
+        )
+    steps = {key: 0 if key == "init" else int(key) for key in wanted}
+    seed, settings = facts.get("seed", run.seed), FineTune.parse(facts["training"]) if wanted else None
+    return {key: early_state(task, run.network, seed=seed, settings=settings, step=step) for key, step in steps.items()}
 
 
 def _metrics(run: Run, task: Task, test: float, validation: float) -> dict[str, Metric]:

@@ -106,6 +106,11 @@ class Run:
                 f"{recipe.criterion.name!r} learns while the network trains, so the first cut must come later: give a "
                 "schedule that begins after 0, for example {'name': 'one-shot', 'at': 0.5}."
             )
+        if recipe.allocation.revives and len(self.levels) > 1 and recipe.weights_from == "same":
+            raise InvalidRecipe(
+                f"The allocation {recipe.allocation.name!r} brings back units that earlier cuts have set to zero. Take "
+                "weights_from='init' or 'fresh', or a schedule with one cut."
+            )
         self.hooks: Hooks | None = recipe.criterion.hooks(self)
 
     @property
@@ -194,10 +199,15 @@ class Run:
     def _allowed(self, level: Level) -> float:
         return self._target if level is self.levels[-1] else level.keep * self._dense
 
+    def _selected(self, priorities: Scores, allowed: float) -> Kept:
+        """Return what a cut keeps; the allocation has the last word about the last one."""
+        kept = select(priorities, self._cost, allowed, self.units.limits, self.budget.tolerance)
+        return self.recipe.allocation.settle(kept) if self.next_level is self.levels[-1] else kept
+
     def _cut(self, context: Context, priorities: Scores, allowed: float) -> None:
         """Remove the worst units; when some groups turn out not to be removable, choose again among the others."""
         units = self.units
-        while not self._keep(context, select(priorities, self._cost, allowed, units.limits, self.budget.tolerance)):
+        while not self._keep(context, self._selected(priorities, allowed)):
             priorities = {group: values for group, values in priorities.items() if group in units.shapes}
             if not priorities:
                 raise NothingPrunable(

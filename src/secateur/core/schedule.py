@@ -33,11 +33,18 @@ class Iterative(Schedule):
         steps: Number of pruning moments.
         span: The part of the recovery that they divide into equal stretches, one after each; what is left trains the
             final network. 1: all of it; 0: all cuts come before any training.
+        whole: The recovery is so many times as long as it says, so that each moment has a whole one for itself.
     """
 
     name = "iterative"
     steps: int = Field(5, ge=1)
     span: float = Field(1.0, ge=0, le=1)
+    whole: bool = False
+
+    @property
+    def repeats(self) -> int:
+        """As many as there are pruning moments, if each has a whole recovery."""
+        return self.steps if self.whole else 1
 
     def levels(self, keep: float) -> tuple[Level, ...]:
         """Return keep^(1/n), keep^(2/n), ..., keep."""

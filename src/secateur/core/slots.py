@@ -111,6 +111,12 @@ class Allocation(Slot):
     """How are units shared between groups?"""
 
     slot = "allocation"
+    revives: ClassVar[bool] = False
+    """Whether the last cut may bring units back that earlier ones have removed."""
+
+    def settle(self, kept: Kept) -> Kept:
+        """Return what the last cut really keeps: as many units of each group as `kept` has; default: the same."""
+        return kept
 
     @abstractmethod
     def rank(self, scores: Scores) -> Scores:
@@ -138,6 +144,11 @@ class Schedule(Slot):
     """Whether the learning rate starts anew after each pruning moment."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Weight of the earlier scores: those of a pruning moment are averaged into m * earlier + (1 - m) * new."""
+
+    @property
+    def repeats(self) -> int:
+        """How many times the length that it says the recovery has."""
+        return 1
 
     @abstractmethod
     def levels(self, keep: float) -> tuple[Level, ...]:

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.atomic import written_atomically
 from secateur.deploy import safetensors
@@ -91,6 +91,24 @@ def train_reference(
         "history": history,
     }
     return model.eval(), record
+
+
+def early_state(
+    task: Task, network: str, *, seed: int, settings: FineTune | None = None, step: int = 0
+) -> dict[str, Tensor]:
+    """Return the weights that `train_reference` has after so many steps; after none: the initial ones.
+
+    The first steps are made once more: rewinding takes few, and nothing need be kept of a training that is over.
+    """
+    settings = settings or task.training_of(network)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.build(network)
+        if step:
+            data = task.train_batches(seed)
+            trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
+            trainer.run(data, 0, step, lr_span=(0, max(1, round(settings.epochs * len(data)))))
+    return model.state_dict()
 
 
 def save_reference(model: nn.Module, record: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -278,6 +278,7 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
         granularity=granularity,
         budget=budget,
         data=toy_batches(network),
+        checkpoints={"init": model.state_dict()},
         recovery=TRAINING if learns else "none",
         **slots,
     )

@@ -71,7 +71,7 @@ class Recoverer:
     def total_steps(self, model: nn.Module, settings: FineTune) -> int:
         """Return the number of optimizer steps of the whole recovery for a network of this size."""
         assert self._data is not None
-        steps = settings.epochs * epoch_length(self._data)
+        steps = settings.epochs * self._recipe.schedule.repeats * epoch_length(self._data)
         if settings.compute == "dense epochs":
             steps *= count_macs(self._dense, self._inputs).total / count_macs(model, self._inputs).total
         return max(1, round(steps))
