@@ -69,6 +69,20 @@ def test_gates_per_sample_act_on_their_own_sample():
     torch.testing.assert_close(out[1], units.model[3:](torch.zeros(1, units.model[1].out_features))[0])
 
 
+@pytest.mark.parametrize(
+    ("network", "granularity"), [*((n, "channel") for n in NETWORKS), ("vit", "depth"), ("resnet20", "depth")]
+)
+def test_folded_gates_do_what_the_gates_did(network, granularity):
+    units, x = units_of(network, granularity)
+    model, x = units.model.double(), x.double()
+    gates = {group: torch.rand(shape, dtype=torch.double) for group, shape in units.shapes.items()}
+    with Gates(units).applied(gates):
+        gated = model(x)
+    assert not torch.allclose(gated, model(x))
+    Gates(units).fold(gates)
+    torch.testing.assert_close(model(x), gated)
+
+
 def test_units_that_are_no_axes_and_layers_without_a_place_are_refused():
     with pytest.raises(NotApplicable, match="Gates stand at channels"):
         Gates(units_of("mlp", "weight")[0])

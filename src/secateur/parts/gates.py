@@ -84,6 +84,14 @@ class Gates:
             stack.callback(halved.remove)
             yield
 
+    @torch.no_grad()
+    def fold(self, gates: Mapping[str, Tensor]) -> None:
+        """Multiply gates of shape (units,) into the weights, which then do what the gates did; mutates the model."""
+        for place in self._places:
+            if place.group in gates:
+                factor = _Gate(gates[place.group]).factor(place.units)
+                _scale_inputs(place.module, factor) if place.reads else _scale_outputs(place.module, factor)
+
     @contextmanager
     def _hooked(self, gates: Mapping[str, _Gate]) -> Iterator[None]:
         with ExitStack() as stack:
@@ -100,14 +108,13 @@ class _Gate:
         self._values = values
 
     def hook(self, place: _Place) -> RemovableHandle:
-        """Act at a place from now on."""
-        index = place.units.to(self._values.device)
+        """Act at a place from now on; values may change in between."""
 
         def of_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self.act(inputs[0], self._factor(inputs[0], place.dim, index)), *inputs[1:])
+            return (self.act(inputs[0], self._along(inputs[0], place)), *inputs[1:])
 
         def of_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self.act(output, self._factor(output, place.dim, index))
+            return self.act(output, self._along(output, place))
 
         if place.reads:
             return place.module.register_forward_pre_hook(of_input)
@@ -116,12 +123,16 @@ class _Gate:
     def act(self, x: Tensor, factor: Tensor) -> Tensor:
         return x * factor
 
-    def _factor(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
-        """Return the factors along a dim; read anew in every call, so that values may change in between."""
-        inside, picked = index >= 0, self._values[..., index.clamp_min(0)]
-        factor = torch.where(inside, picked, torch.ones_like(picked))
+    def factor(self, units: Tensor) -> Tensor:
+        """Return the gates of these units, 1 for those of other groups."""
+        index = units.to(self._values.device)
+        picked = self._values[..., index.clamp_min(0)]
+        return torch.where(index >= 0, picked, torch.ones_like(picked))
+
+    def _along(self, x: Tensor, place: _Place) -> Tensor:
+        factor = self.factor(place.units)
         shape = [1] * x.dim()
-        shape[dim] = factor.shape[-1]
+        shape[place.dim] = factor.shape[-1]
         if factor.dim() == 2:
             shape[0] = x.shape[0]
         return factor.to(x.dtype).view(shape)
@@ -133,6 +144,25 @@ class _Mixture(_Gate):
     def act(self, x: Tensor, factor: Tensor) -> Tensor:
         real, control = x.chunk(2)
         return torch.cat([control + factor * (real - control), control])
+
+
+def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
+    """Multiply what a layer reads from each of its inputs."""
+    weight = module.get_parameter("weight")
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        factor = factor.view(module.groups, -1).repeat_interleave(weight.shape[0] // module.groups, 0)  # (out, in)
+        weight.mul_(factor.view(*factor.shape, *[1] * (weight.dim() - 2)))
+    elif isinstance(module, nn.Linear):
+        weight.mul_(factor)
+    else:
+        weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)))
+
+
+def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
+    """Multiply each output of a layer, or all of them by one factor."""
+    for name, parameter in module.named_parameters(recurse=False):
+        last = name == "weight" and type(module).__name__ == "Conv1D"
+        parameter.mul_(factor if last else factor.view(-1, *[1] * (parameter.dim() - 1)))
 
 
 def _places_of_axes(units: ChannelUnits) -> list[_Place]:
