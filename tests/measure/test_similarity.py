@@ -86,6 +86,15 @@ def test_kernels_with_gradients_are_those_of_outer_products():
     torch.testing.assert_close(kernels(model, [x])["0"], gram(hidden))
 
 
+def test_features_that_do_not_fit_are_computed_anew(monkeypatch):
+    model, _ = toy("mlp")
+    data = toy_batches("mlp")
+    kept = kernels(model, data, gradients=True)
+    monkeypatch.setattr("secateur.measure.similarity.REMEMBERED", 8 * (32 + 24 + 10) * 2)  # of one batch
+    bounded = kernels(model, data, gradients=True)
+    assert all(torch.equal(kept[name], kernel) for name, kernel in bounded.items())
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_batches_make_no_difference_and_the_model_is_left_as_it_was(gradients):
     model, _ = toy("resnet20")

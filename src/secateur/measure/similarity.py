@@ -28,6 +28,9 @@ Kernels = dict[str, Tensor]
 SOFTENING = 0.5
 """The power of the predicted probabilities that weight the log-likelihood (the paper's beta)."""
 
+REMEMBERED = 2**26
+"""Most numbers that exact kernels keep of features, beside those of two batches."""
+
 
 class Sketch(NamedTuple):
     """A random projection of the samples to fewer (Clarkson & Woodruff), for more data than a kernel can hold.
@@ -65,8 +68,9 @@ def kernels(
 ) -> Kernels:
     """Return the kernel of each layer's output (or input), not centered; the model is left as it was.
 
-    Without a sketch the kernel is exact, of shape (samples, samples): the batches are held, the features of two of them
-    at a time, and n batches go through the network n (n + 1) / 2 times. With one, each goes through once, and for each
+    Without a sketch the kernel is exact, of shape (samples, samples). The features of all pairs of batches meet: those
+    of the first batches are remembered, up to `REMEMBERED` numbers, the others computed anew whenever they are needed,
+    so that memory is bounded. With a sketch, each batch goes through once, and for each
     layer (rows, features) numbers are held.
 
     Args:
@@ -92,11 +96,12 @@ def kernels(
 
 def _exact(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any]) -> Kernels:
     rows = torch.tensor([0, *(batch_size(batch) for batch in batches)]).cumsum(0).tolist()
+    recall = _remembering(see, batches)
     found: Kernels = {}
-    for i, batch in enumerate(batches):
-        seen = see(batch)
+    for i in range(len(batches)):
+        seen = recall(i)
         for j in range(i + 1):
-            other = seen if j == i else see(batches[j])
+            other = seen if j == i else recall(j)
             for name in seen:
                 block = _products(seen[name].features, other[name].features)
                 if (mine := seen[name].gradients) is not None and (theirs := other[name].gradients) is not None:
@@ -105,6 +110,25 @@ def _exact(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any]) -> Ke
                 kernel[rows[i] : rows[i + 1], rows[j] : rows[j + 1]] = block
                 kernel[rows[j] : rows[j + 1], rows[i] : rows[i + 1]] = block.T
     return found
+
+
+def _remembering(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any]) -> Callable[[int], dict[str, _Seen]]:
+    """Return a function from a batch's number to what is seen of it, remembered as far as there is room."""
+    memory: dict[int, dict[str, _Seen]] = {}
+    room = REMEMBERED
+
+    def recall(i: int) -> dict[str, _Seen]:
+        nonlocal room
+        if i in memory:
+            return memory[i]
+        seen = see(batches[i])
+        size = sum(values.numel() for each in seen.values() for values in each if values is not None)
+        if size <= room:
+            room -= size
+            memory[i] = seen
+        return seen
+
+    return recall
 
 
 def _sketched(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any], sketch: Sketch) -> Kernels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -58,8 +57,13 @@ def readers(units: ChannelUnits, axis: Axis) -> list[Reader]:
 
 def own_readers(units: ChannelUnits, axis: Axis) -> list[Reader]:
     """Return those of an axis' readers that share their weight with no other layer, so that it may change."""
-    places = Counter(id(p) for _, p in units.model.named_parameters(remove_duplicate=False))
-    return [reader for reader in readers(units, axis) if places[id(units.model.get_parameter(reader.name))] == 1]
+    return [reader for reader in readers(units, axis) if not is_shared(units.model, reader.name)]
+
+
+def is_shared(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter is that of several modules."""
+    parameter = model.get_parameter(name)
+    return sum(other is parameter for _, other in model.named_parameters(remove_duplicate=False)) > 1
 
 
 def kept_columns(units: ChannelUnits, kept: Kept) -> dict[str, Tensor]:
