@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,3 +36,36 @@ def resnet50() -> nn.Module:
             layers.append(Bottleneck(c_in, 64 * 2**stage, 2 if stage > 0 and i == 0 else 1))
             c_in = 256 * 2**stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 1000))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP, as in a ViT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, tokens, width) -> (n, tokens, width)."""
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).reshape(n, tokens, -1))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def transformer_stack(depth: int) -> tuple[nn.Module, Tensor]:
+    """A ViT-like stack of width 192 (0.44 million parameters a block), and 64 tokens."""
+    blocks = [TransformerBlock(192, 3) for _ in range(depth)]
+    return nn.Sequential(*blocks, nn.LayerNorm(192), nn.Linear(192, 10)).eval(), torch.randn(1, 64, 192)
+
+
+def residual_stack(depth: int) -> tuple[nn.Module, Tensor]:
+    """A ResNet-like stack of bottlenecks with 256 channels (0.07 million parameters a block), and 28x28 positions."""
+    stem: list[nn.Module] = [nn.Conv2d(3, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU()]
+    blocks = [Bottleneck(256, 64, 1) for _ in range(depth)]
+    head: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)]
+    return nn.Sequential(*stem, *blocks, *head).eval(), torch.randn(1, 3, 28, 28)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from secateur import __version__
-from secateur.cli import bench, compare, demo, export, inspect, leaderboard, methods, prune, train
+from secateur.cli import bench, compare, demo, export, inspect, leaderboard, methods, prune, study, train
 from secateur.cli.common import console
 from secateur.errors import SecateurError
 
@@ -30,6 +30,7 @@ app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
 app.command("export")(export.command)
+app.command("study")(study.command)
 
 
 @app.callback()

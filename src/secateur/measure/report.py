@@ -205,6 +205,32 @@ def similarity_figure(similarity: Similarity) -> str:
     return _div(figure)
 
 
+def lines_figure(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_title: str,
+    y_title: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    falling_x: bool = False,
+) -> str:
+    """Return lines through points (x, y), one per name; a single point is a diamond. `falling_x`: large x left."""
+    figure = _figure(x_title, y_title)
+    for (name, points), color in zip(series.items(), cycle(COLORS), strict=False):
+        alone, few = len(points) == 1, len(points) <= 15
+        figure.add_scatter(
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            mode="markers" if alone else "lines+markers" if few else "lines",
+            marker={"size": 11 if alone else 8, "symbol": "diamond" if alone else "circle", "color": color},
+            line={"color": color, "width": 2},
+            name=name,
+        )
+    figure.update_xaxes(type="log" if log_x else "linear", autorange="reversed" if falling_x else True)
+    figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power")
+    return _div(figure)
+
+
 _GRID: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
 
 

@@ -59,7 +59,7 @@ def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
     branches: list[Branch] = []
     caches: list[Any] = []
     for addition, calls in _disjoint([each for each in found if each[1]], tracer.history):
-        branch = _branch(model, tracer, calls, _obstacle(calls, caches))
+        branch = _branch(runs.modules, tracer, calls, _obstacle(calls, caches))
         operation = tracer.history.values[addition.total].operation
         tracer.sites[operation].append(Site(addition.argument, 0, branch.leaf))
         branches.append(branch)
@@ -90,8 +90,7 @@ def _obstacle(calls: Sequence[ModuleCall], caches: list[Any]) -> str:
     return ""
 
 
-def _branch(model: nn.Module, tracer: Tracer, calls: Sequence[ModuleCall], obstacle: str) -> Branch:
-    inside = dict(model.named_modules())
+def _branch(inside: dict[str, nn.Module], tracer: Tracer, calls: Sequence[ModuleCall], obstacle: str) -> Branch:
     modules = {call.name: inside[call.name] for call in calls}
     layers = (c for call in calls for c in tracer.history.within(call) if c.name in inside and _own(inside[c.name]))
     gate = max(layers, key=lambda c: c.start)
@@ -132,7 +131,7 @@ class _Runs:
 
     def __init__(self, model: nn.Module, history: History) -> None:
         self._history = history
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self._operations = [value.operation for value in history.values]
         self._users: dict[int, list[int]] = defaultdict(list)
         for number, value in enumerate(history.values):
@@ -178,11 +177,11 @@ class _Runs:
 
         Modules that are no part of the model, such as an activation that is shared by many models, may run often.
         """
-        if call.name not in self._modules:
+        if call.name not in self.modules:
             return False
         prefix = f"{call.name}."
-        places = [self._places[id(parameter)] for parameter in self._modules[call.name].parameters()]
-        inner = Counter(each.name for each in self._history.within(call) if each.name in self._modules)
+        places = [self._places[id(parameter)] for parameter in self.modules[call.name].parameters()]
+        inner = Counter(each.name for each in self._history.within(call) if each.name in self.modules)
         return (
             bool(places)
             and all(name.startswith(prefix) for names in places for name in names)

@@ -1,0 +1,131 @@
+"""The parts of the studies against closed forms; the studies themselves are run by their command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import UnknownName
+from secateur.measure.report import lines_figure
+from secateur.studies import STUDIES, find_study
+from secateur.studies.edge_of_chaos import RELU, TANH, edge, edge_at, expectation, relu_correlation, travel
+from secateur.studies.pruned_fraction import Setting, train
+from secateur.studies.study import Claim, Exhibit, Findings, Study
+from secateur.studies.wide_prior import mean_gram, solve, trainability
+
+
+def test_expectations_are_exact_for_polynomials():
+    assert expectation(torch.square, 2.5) == pytest.approx(2.5, rel=1e-12)
+    assert expectation(lambda x: x**4, 2.0) == pytest.approx(12.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sigma_b", "sigma_w", "q"), [(0.05, 1.1225, 0.1537), (0.1, 1.1934, 0.2733), (0.5, 1.5497, 1.3179)]
+)
+def test_the_edge_of_tanh(sigma_b, sigma_w, q):
+    found = edge_at(TANH, sigma_b)
+    assert found == (pytest.approx(sigma_w, abs=1e-4), pytest.approx(q, abs=1e-4))
+    assert edge(TANH, found[1])[0] == pytest.approx(sigma_b, abs=1e-6)
+
+
+def test_the_edge_of_relu_is_one_point():
+    for q in (0.1, 1.0, 7.0):
+        assert edge(RELU, q) == (pytest.approx(0.0, abs=1e-6), pytest.approx(math.sqrt(2), rel=1e-9))
+    assert relu_correlation(1.0) == pytest.approx(1.0) and relu_correlation(0.0) == pytest.approx(1 / math.pi)
+
+
+def test_masks_lose_variance_and_rescaling_keeps_it(monkeypatch):
+    from secateur.studies import edge_of_chaos
+
+    for name, value in (("WIDTH", 200), ("DEPTH", 10), ("DRAWS", 4)):
+        monkeypatch.setattr(edge_of_chaos, name, value)
+    pruned, rescaled = (travel(0.8, again, torch.Generator().manual_seed(0)) for again in (False, True))
+    alpha = [b / a for a, b in zip(pruned.kept_variance, pruned.kept_variance[1:], strict=False)]
+    z = 1.2815515655446004  # 80 % of normal weights are smaller in size
+    expected = 1 - math.erf(z / math.sqrt(2)) + math.sqrt(2 / math.pi) * z * math.exp(-z * z / 2)
+    assert all(a == pytest.approx(expected, rel=0.02) for a in alpha)
+    assert pruned.variance[-1] / pruned.variance[0] == pytest.approx(expected**9, rel=0.6)
+    assert 0.4 < rescaled.variance[-1] / rescaled.variance[0] < 2.5
+
+
+def test_a_signal_that_no_neuron_sees_is_not_learned():
+    small = Setting(classes=2, inputs=50, neurons=6, samples=8, steps=200, test_samples=60)
+    dense, gone = train(small, 1.0, 0), train(small, 1e-9, 0)
+    assert dense.survivors == 1 and dense.train_loss < 0.01 and dense.test_accuracy > 0.9
+    assert gone.survivors == 0 and gone.test_loss == pytest.approx(math.log(2)) == gone.train_loss
+
+
+def test_trainability_of_a_linear_model_is_known():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 8, dtype=torch.float64), {"w": torch.randn(8, dtype=torch.float64)}
+    target = torch.zeros(3, dtype=torch.float64)
+    found = trainability(lambda p: x @ p["w"], weight, target)
+    assert found.smallest == pytest.approx(float(torch.linalg.svdvals(x)[-1]))
+    assert found.residual == pytest.approx(float((x @ weight["w"]).norm()))
+    assert found.curvature < 1e-9 and found.ratio < 1 and found.rate == found.smallest**2 / 2
+    mask = {"w": torch.tensor([1, 1, 1, 1, 1, 0, 0, 0], dtype=torch.float64)}
+    masked = trainability(lambda p: x @ p["w"], weight, target, mask)
+    assert masked.smallest == pytest.approx(float(torch.linalg.svdvals(x[:, :5])[-1]))
+    assert masked.smallest < found.smallest
+
+
+def test_a_wider_network_is_more_trainable():
+    ratios = []
+    for width in (64, 1024):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, width, bias=False), nn.Tanh(), nn.Linear(width, 2, bias=False)).double()
+        state = {"0.weight": net[0].weight.detach() * 2}
+        x = nn.functional.normalize(torch.randn(1, 4, dtype=torch.float64))
+        call = lambda p, net=net, x=x: torch.func.functional_call(net, dict(p), (x,))  # noqa: E731
+        ratios.append(trainability(call, state, torch.ones(1, 2, dtype=torch.float64)).ratio)
+    assert ratios[1] < ratios[0]
+
+
+def test_wide_networks_are_solved_and_narrow_ones_are_not(monkeypatch):
+    from secateur.studies import wide_prior
+
+    monkeypatch.setattr(wide_prior, "STEPS", 400)
+    losses, steps = solve(320, 1.0, 1.0, 0)
+    assert int((steps < 400).sum()) >= 9 and float(losses.median()) <= wide_prior.SOLVED
+    assert int((solve(8, 1.0, 1.0, 0)[1] < 400).sum()) == 0
+
+
+def test_the_factor_restores_the_gram_matrix():
+    dense, pruned = (mean_gram(400, p, 0) for p in (1.0, 0.5))
+    assert pruned == pytest.approx(dense, rel=0.1)
+    slope = expectation(lambda x: TANH.slope(x).square(), 1.0)
+    assert dense == pytest.approx(slope, rel=0.05)
+
+
+def test_a_study_writes_its_page_and_its_numbers(tmp_path):
+    claim = Claim("two is two", "arithmetic", "2", "2", True)
+    findings = Findings(
+        (claim,), (Exhibit("Line", "A caption.", lines_figure({"a": [(1, 2), (2, 3)]}, "x", "y")),), {"n": 2}
+    )
+    study = Study("twice", "Twice", "Is it?", "Nobody", lambda seed, progress: findings)
+    assert study.report(tmp_path / "new", 3, lambda *_: None).holds
+    record = json.loads((tmp_path / "new" / "twice.json").read_text())
+    assert record["claims"][0]["holds"] and record["data"] == {"n": 2} and record["seed"] == 3
+    page = (tmp_path / "new" / "twice.html").read_text()
+    assert (
+        "two is two" in page and "A caption." in page and "holds" in page and "https://" not in page.split("<script")[0]
+    )
+    assert not Findings((claim, Claim("no", "", "", "", False)), (), {}).holds
+
+
+def test_every_study_is_listed_and_an_unknown_one_is_one_line():
+    for name in STUDIES:
+        assert find_study(name).name == name
+    with pytest.raises(UnknownName, match="study 'cold-fusion'"):
+        find_study("cold-fusion")
+    code = "from secateur.cli.main import run; run()"
+    done = subprocess.run([sys.executable, "-c", code, "study", "cold-fusion"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error:") and len(done.stderr.splitlines()) == 1
+    done = subprocess.run([sys.executable, "-c", code, "study", "--json"], capture_output=True, text=True)
+    assert [row["name"] for row in json.loads(done.stdout)] == list(STUDIES)
