@@ -39,7 +39,8 @@ class ForeignTensor(Exception):
 def tag(model: nn.Module, seed: int = 0) -> None:
     """Give every entry of a weight a value that no other entry of the same tensor has; mutates `model`.
 
-    The sizes are those of a network in use: matrices of variance 1 / fan-in, vectors between 0.5 and 2.
+    The sizes are those of a network in use that does not amplify rounding: matrices of variance 1 / fan-in, vectors
+    between 0.5 and 1.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -64,7 +65,7 @@ def _distinct(order: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return one float32 per index: neighbours in the list of all floats, evenly spaced over a few octaves."""
     count, signed = order.numel(), len(shape) > 1
     if not signed:
-        lowest, octaves = 0.5, 2
+        lowest, octaves = 0.5, 1
     else:
         lowest, octaves = (count / shape[0]) ** -0.5 / 7, 4
         count = (count + 1) // 2

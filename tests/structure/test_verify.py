@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import prove_cut, proved_structure
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import random_cycle, redraw
+from secateur.structure.verify import _permutation_error, random_cycle, redraw
 from secateur.testing.toys import toy
 
 
@@ -209,3 +209,29 @@ def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
         order = random_cycle(size, generator)
         assert sorted(order.tolist()) == list(range(size))
         assert size == 1 or not bool((order == torch.arange(size)).any())
+
+
+class Chaotic(nn.Module):
+    """Amplifies any difference, rounding too, layer by layer, as long as the scales are above 1."""
+
+    def __init__(self, depth=60):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(depth))
+        self.scales = nn.ParameterList(torch.ones(8) for _ in range(depth))
+
+    def forward(self, x):
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            x = torch.sin(1.6 * scale * layer(x))
+        return x
+
+
+def test_a_network_that_amplifies_rounding_is_judged_where_it_does_not():
+    model, x = Chaotic().eval(), torch.randn(4, 8)
+    structure = sc.trace(model, x)
+    names = [axis.name for axis in structure.prunable]
+    assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3
+    verification = structure.verify(model)
+    assert verification.ok and verification.max_error < 1e-10 and len(names) == 59
+    wrong = structure.tensors["scales.0"]
+    structure.tensors["scales.0"], structure.tensors["scales.1"] = structure.tensors["scales.1"], wrong
+    assert not structure.verify(model).ok
