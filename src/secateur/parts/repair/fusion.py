@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core.context import Context, Values
-from secateur.core.layers import input_rows, is_matrix, set_weight_matrix, weight_matrix
+from secateur.core.layers import input_rows, is_matrix, output_rows, set_weight_matrix, weight_matrix
 from secateur.core.slots import Repair
 from secateur.core.units import Kept
 from secateur.errors import NotApplicable
@@ -26,9 +26,9 @@ class Fusion(Repair):
     """Each layer behind a dropped branch becomes the best affine map to what it computed when the branch was there.
 
     A branch and a layer that reads the stream behind it are neighbors; one layer takes the place of both. With x what
-    the layer reads now and d what it read before, z = W d + b, the change of its weight minimizes
+    the layer reads now and z what it computed before, the change of its weight minimizes
 
-        E|(W + D) x + b' - z|² + e |D|²:     D = W Cov(d - x, x) (Cov(x, x) + e I)^-1,   b' = b + W E[d] - (W + D) E[x]
+        E|(W + D) x + b - z|² + e |D|²:   D = (Cov(z, x) - W Cov(x, x)) (Cov(x, x) + e I)^-1,  b = E[z] - (W + D) E[x]
 
     (Ghods et al., arXiv 2001.10509, in the place where the second layer stands, so that the network costs what it does
     without the branch). Layers are solved one after another in the order in which they run, each on what the changed
@@ -79,7 +79,7 @@ def layers_behind(units: DepthUnits, kept: Kept) -> list[str]:
 
 
 def pair_moments(context: Context, dense: Context, layer: nn.Module, gates: Gates, values: Values) -> Moments | None:
-    """Return the moments of (x, d): what a layer reads with gates, and without; None if it never runs.
+    """Return the moments of (x, z): what a layer reads with gates, and what it computes without; None if it never runs.
 
     Args:
         context: The network as it is now; gives the data.
@@ -90,23 +90,25 @@ def pair_moments(context: Context, dense: Context, layer: nn.Module, gates: Gate
     """
     moments = Moments()
     for batch in context.batches():
-        with context.undisturbed(), torch.inference_mode(), _read_by(layer) as seen:
+        with context.undisturbed(), torch.inference_mode(), _passing(layer) as seen:
             with gates.applied(values):
                 context.forward(batch)
             dense.forward(batch)
         if not seen:
             return None
         calls = len(seen) // 2
-        moments.add(torch.cat([torch.cat(seen[:calls], 1), torch.cat(seen[calls:], 1)], 2))
+        read = torch.cat([input_rows(layer, x) for x, _ in seen[:calls]], 1)
+        computed = torch.cat([output_rows(layer, z) for _, z in seen[calls:]], 1)
+        moments.add(torch.cat([read, computed], 2))
     moments.over_processes(context)
     return moments
 
 
 @contextmanager
-def _read_by(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield what a layer reads in each of its calls, as rows."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(input_rows(module, inputs[0])))
+def _passing(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield input and output of a layer in each of its calls, as they come."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(lambda module, inputs, z: seen.append((inputs[0].clone(), z.clone())))
     try:
         yield seen
     finally:
@@ -118,9 +120,11 @@ def take_over(layer: Any, moments: Moments, ridge: float) -> Fused:
 
     Args:
         layer: A linear or two-dimensional convolutional layer.
-        moments: Of (x, d).
+        moments: Of (x, z).
         ridge: See `Fusion`.
     """
-    weight = weight_matrix(layer)
-    bias = None if layer.bias is None else layer.bias.detach().view(weight.shape[:2])
-    return fused(moments, weight, bias, ridge, toward=weight)
+    weight = weight_matrix(layer).double()
+    groups, outputs, _ = weight.shape
+    itself = torch.eye(outputs).to(weight).expand(groups, -1, -1)
+    bias = None if layer.bias is None else weight.new_zeros(groups, outputs)
+    return fused(moments, itself, bias, ridge, toward=weight)
