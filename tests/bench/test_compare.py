@@ -104,6 +104,7 @@ def test_a_metric_of_the_users_own_and_default_methods(problem):
     )  # fmt: skip
     names = {c.method for c in found.candidates}
     assert {"random", "magnitude", "taylor"} <= names and found.best.method == "magnitude"
+    assert {sc.method(name).card.paradigm for name in names} == {"baseline", "after training"}
     assert any(c.method == "taylor" and "data" in c.error for c in found.candidates)  # none were given
 
 

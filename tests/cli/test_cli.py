@@ -216,6 +216,19 @@ def test_prune_a_task(cli, tmp_path):
     assert "accuracy" in out and "non-zero" in out
 
 
+def test_a_recipe_that_names_the_initial_weights_gets_those_of_the_reference(cli, tmp_path):
+    from secateur.tasks.digits import TASK
+
+    content = {"task": "digits", "network": "resnet8", "method": "snip", "budget": {"sparsity": 0.5}}
+    code, _, err = cli("prune", recipe(tmp_path, **content), "--out", "o")
+    assert code == 0, err
+    found = sc.load(tmp_path / "o" / "model.safetensors", lambda: TASK.build("resnet8"))
+    torch.manual_seed(0)  # the seed of the packaged reference
+    initial = TASK.build("resnet8")
+    for ours, theirs in zip(found.parameters(), initial.parameters(), strict=True):
+        assert torch.equal(ours, theirs * (ours != 0))
+
+
 def test_train_writes_weights_and_record(cli, tmp_path):
     code, out, err = cli("train", "digits", "--network", "vit", "--epochs", "1", "--out", "v.safetensors")
     assert code == 0, err

@@ -132,5 +132,6 @@ def test_a_method_file_must_define_its_method(plugin):
 def test_every_card_agrees_with_its_method():
     for card in sc.methods():
         found = sc.method(card.name)
-        assert found.card == card and found.recipe.criterion.name == card.name
+        assert found.card == card and found.name == card.name
+        assert found.recipe.criterion.name in {other.name for other in sc.methods()}
         assert card.text.strip().startswith("# ")

@@ -218,7 +218,7 @@ def compare(
         data: Training batches, for scores and for the recovery.
         validation: Batches on which the methods are compared; the training must not see them.
         metric: What is compared instead of the accuracy on `validation`; higher is better.
-        methods: Names; default: all that have the granularity. Random pruning is always added.
+        methods: Names; default: all for trained networks that have the granularity. Random pruning is always added.
         seeds: One run of each method per seed.
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
         precision: Of the recovery.
@@ -276,7 +276,8 @@ def _names(methods: Sequence[str] | None, slots: Mapping[str, Any]) -> list[str]
     """Return the methods to compare, random pruning among them, after checking that they and the slots exist."""
     if methods is None:
         recipe: Recipe = find_method(BASELINE).recipe.but(**slots)
-        methods = [name for name, card in registry.cards().items() if recipe.granularity.name in card.granularity]
+        wanted = recipe.granularity.name
+        methods = [n for n, c in registry.cards().items() if wanted in c.granularity and c.paradigm == "after training"]
     for name in methods:
         find_method(name).recipe.but(**slots)
     return list(dict.fromkeys([*methods, BASELINE]))

@@ -53,7 +53,7 @@ from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.pruned import Pruned
 from secateur.tasks import find_task
-from secateur.tasks.reference import early_state, load_reference, reference_path, save_reference, train_reference
+from secateur.tasks.reference import early_states, load_reference, reference_path, save_reference, train_reference
 from secateur.tasks.task import Task
 from secateur.training.loop import History, OnStep
 
@@ -279,9 +279,7 @@ def _early_states(run: Run, task: Task, recipe: Recipe, facts: dict[str, Any]) -
         raise MissingCheckpoint(
             f"Nobody knows the weights that the pretrained {run.network!r} had at {wanted.pop()!r}."
         )
-    steps = {key: 0 if key == "init" else int(key) for key in wanted}
-    seed, settings = facts.get("seed", run.seed), FineTune.parse(facts["training"]) if wanted else None
-    return {key: early_state(task, run.network, seed=seed, settings=settings, step=step) for key, step in steps.items()}
+    return early_states(task, run.network, recipe, {"seed": run.seed, **facts})
 
 
 def _metrics(run: Run, task: Task, test: float, validation: float) -> dict[str, Metric]:

@@ -17,7 +17,7 @@ from secateur.errors import DataNeeded
 
 def command(
     recipe: Annotated[Path, typer.Argument(help="A YAML file as for `secateur prune`; its method is not looked at.")],
-    methods: Annotated[str | None, typer.Option(help="With commas; default: all that apply.")] = None,
+    methods: Annotated[str | None, typer.Option(help="With commas; default: all for trained networks.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the best network, the figures and the report.")] = Path(
         "comparison"

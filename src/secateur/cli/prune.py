@@ -21,6 +21,7 @@ from secateur.cli.common import (
     training_progress,
 )
 from secateur.core.budget import Budget
+from secateur.core.engine import Checkpoints
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
 from secateur.core.value import Value
@@ -83,6 +84,7 @@ def command(
             data=subject["train"],
             validation=subject["validation"],
             loss=import_function(run.loss) if run.loss else subject["loss"],
+            checkpoints=_early_states(run),
             precision=run.precision,
             seed=run.seed,
             on_step=on_step,
@@ -114,6 +116,19 @@ def command(
         accuracy = record["test_accuracy"]
         console.print(f"accuracy    {100 * accuracy['before']:>12.2f} % -> {100 * accuracy['after']:.2f} % (test)")
     console.print(f"Wrote {out}/model.safetensors, record.json and report.html.", markup=False)
+
+
+def _early_states(run: RunFile) -> Checkpoints:
+    """Return earlier weights of a task's reference, if the recipe names any; of a user's network nobody knows them."""
+    from secateur.core.method import method
+    from secateur.tasks import find_task
+    from secateur.tasks.reference import early_states, reference_record
+
+    if run.task is None:
+        return {}
+    task = find_task(run.task)
+    network = run.network or task.default_network
+    return early_states(task, network, method(run.method).recipe.but(**run.recipe), reference_record(task, network))
 
 
 def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.atomic import written_atomically
+from secateur.core.recipe import Recipe
 from secateur.deploy import safetensors
 from secateur.environment import environment
 from secateur.errors import MissingCheckpoint
@@ -109,6 +111,32 @@ def early_state(
             trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
             trainer.run(data, 0, step, lr_span=(0, max(1, round(settings.epochs * len(data)))))
     return model.state_dict()
+
+
+def early_states(
+    task: Task, network: str, recipe: Recipe, facts: Mapping[str, Any]
+) -> dict[str | int, dict[str, Tensor]]:
+    """Return the weights that a reference had at the moments that a recipe names.
+
+    Args:
+        task: What it was trained on.
+        network: Which network.
+        recipe: Its `mask_from` and `weights_from` say which moments.
+        facts: The record of its training: ``seed`` and ``training``.
+    """
+    wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
+    settings = FineTune.parse(facts["training"]) if wanted else None
+    return {
+        key: early_state(task, network, seed=facts["seed"], settings=settings, step=0 if key == "init" else int(key))
+        for key in wanted
+    }
+
+
+def reference_record(task: Task, network: str | None = None) -> dict[str, Any]:
+    """Return the record of the training of a reference that the package has."""
+    path = reference_path(task, network or task.default_network).with_suffix(".json")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def save_reference(model: nn.Module, record: dict[str, Any], path: str | os.PathLike[str]) -> None:
