@@ -134,7 +134,7 @@ def test_what_was_learned_goes_on_from_a_checkpoint():
 
 def test_without_training_before_the_cut_there_is_one_clear_error():
     model, x, given = options(toy("mlp"))
-    with pytest.raises(InvalidRecipe, match="learns while the network trains, and this recipe trains nothing"):
+    with pytest.raises(InvalidRecipe, match="works while the network trains, and this recipe trains nothing"):
         sc.prune(model, x, **given)
     with pytest.raises(InvalidRecipe, match="the first cut must come later"):
         sc.prune(model, x, **given, schedule="one-shot", recovery="fine-tune")

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import secateur as sc
+from secateur.errors import InvalidRecipe
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.testing.toys import toy, toy_batches
 from secateur.training.loop import make_optimizer
@@ -113,3 +114,10 @@ def test_gradients_choose_better_than_chance_and_both_better_than_a_mask_that_st
         )
         accuracy[method] = float((pruned.model(x[1200:]).argmax(1) == y[1200:]).float().mean())
     assert accuracy["rigl"] > accuracy["set"] > accuracy["random"]
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_without_training_the_random_mask_is_refused(method):
+    model, x = toy("mlp")
+    with pytest.raises(InvalidRecipe, match=f"'{method}' works while the network trains, and this recipe trains"):
+        sc.prune(model, x, method=method, budget=sc.Budget(sparsity=0.5))

@@ -85,6 +85,8 @@ class Criterion(Slot):
     """How valuable is a unit?"""
 
     slot = "criterion"
+    works_in_training: ClassVar[bool] = False
+    """Whether its hooks do what the method is about, so that a recipe that trains nothing is refused."""
     learns: ClassVar[bool] = False
     """Whether its scores are learned while the network trains, so that the first cut must come after some training."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -32,6 +33,7 @@ class PruneAndGrow(Criterion):
         until: T, the share of the training after which the mask stays, in (0, 1].
     """
 
+    works_in_training: ClassVar[bool] = True
     drop: float = Field(0.3, gt=0, lt=1)
     updates: int = Field(20, ge=1)
     until: float = Field(0.75, gt=0, le=1)

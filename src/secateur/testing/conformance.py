@@ -277,8 +277,8 @@ def _learned(name: str, units: Units, data: Any, seed: int = 0) -> Hooks | None:
 
 def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Budget, **slots: Any) -> Any:
     network = "mlp" if isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Flatten) else "resnet20"
-    learns = recipe_of(name).criterion.learns
-    if learns:
+    criterion = recipe_of(name).criterion
+    if criterion.learns:
         slots.pop("schedule", None)  # its own comes after some training
     slots.setdefault("schedule", _short(method(name).recipe.schedule))
     return prune(
@@ -289,7 +289,7 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
         budget=budget,
         data=toy_batches(network),
         checkpoints={"init": model.state_dict()},
-        recovery=TRAINING if learns else "none",
+        recovery=TRAINING if criterion.learns or criterion.works_in_training else "none",
         **slots,
     )
 

@@ -46,9 +46,10 @@ class Recoverer:
         self._step = 0
         if recipe.recovery.epochs and data is None:
             raise DataNeeded(f"The recovery {recipe.recovery.name!r} trains the network: pass data=.")
-        if recipe.criterion.learns and not recipe.recovery.epochs:
+        trains = recipe.criterion.learns or recipe.criterion.works_in_training
+        if trains and not recipe.recovery.epochs:
             raise InvalidRecipe(
-                f"{recipe.criterion.name!r} learns while the network trains, and this recipe trains nothing: give a "
+                f"{recipe.criterion.name!r} works while the network trains, and this recipe trains nothing: give a "
                 "recovery, for example recovery={'name': 'fine-tune', 'epochs': 5}."
             )
 
