@@ -226,7 +226,9 @@ def lines_figure(
             line={"color": color, "width": 2},
             name=name,
         )
-    figure.update_xaxes(type="log" if log_x else "linear", autorange="reversed" if falling_x else True)
+    figure.update_xaxes(autorange="reversed" if falling_x else True)
+    if log_x:
+        figure.update_xaxes(type="log", dtick="D2", tickformat="~g")  # 10, 20, 50, 100 rather than every digit
     figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power")
     return _div(figure)
 
