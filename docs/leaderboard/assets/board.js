@@ -279,7 +279,11 @@ function tracesOf(lines, axis, styles) {
     return {
       name: arm, legendgroup: arm, showlegend, type: lines.length > 1500 ? "scattergl" : "scatter", mode: "lines+markers",
       x: members.map((line) => line.x[axis.key]), y: members.map((line) => line.value[0]),
-      error_y: { array: members.map((line) => line.value[1]), thickness: 1.3, width: 4, color: style.color },
+      error_y: {
+        symmetric: false, thickness: 1.3, width: 4, color: style.color, // a share ends at 0 and 100 %, its interval too
+        array: members.map((line) => Math.min(line.value[1], 100 - line.value[0])),
+        arrayminus: members.map((line) => Math.min(line.value[1], line.value[0])),
+      },
       customdata: members.map(keyOf), text: members.map((line) => `${line.budget}, ${line.records.length} seeds, ${line.official ? "official" : "unofficial"}`),
       hovertemplate: "%{x:.3g} %, %{y:.2f} %<br>%{text}<extra>" + name + "</extra>",
       marker: { size: 9, color: style.color, symbol: style.symbol }, line: { color: style.color, width: 1.6, dash: style.dash || (members[0].units === "weight" ? "dot" : "solid") },
