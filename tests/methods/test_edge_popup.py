@@ -140,5 +140,5 @@ def test_it_goes_on_from_a_checkpoint():
 
 def test_it_needs_training_before_the_cut():
     model, x = toy("mlp")
-    with pytest.raises(InvalidRecipe, match="learns while the network trains"):
+    with pytest.raises(InvalidRecipe, match="works while the network trains"):
         sc.prune(model, x, method="edge_popup", budget=sc.Budget(sparsity=0.5), data=toy_batches("mlp"))
