@@ -9,7 +9,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secateur.parts.mean_field import chi, edge_of_chaos, layer_densities, next_variance
+from secateur.errors import NotApplicable
+from secateur.parts.mean_field import (
+    chi,
+    edge_of_chaos,
+    edge_with_variance,
+    layer_densities,
+    mean_square,
+    next_variance,
+    variance_at_edge,
+)
+
+
+def test_expectations_are_exact_for_polynomials():
+    assert mean_square(lambda x: x, 2.5) == pytest.approx(2.5, rel=1e-12)
+    assert mean_square(np.square, 2.0) == pytest.approx(12.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sigma_b", "sigma_w", "q"), [(0.05, 1.1225, 0.1537), (0.1, 1.1934, 0.2733), (0.5, 1.5497, 1.3179)]
+)
+def test_the_edge_of_tanh(sigma_b, sigma_w, q):
+    found = variance_at_edge("tanh", sigma_b)
+    assert (edge_of_chaos("tanh", sigma_b), found) == (pytest.approx(sigma_w, abs=1e-4), pytest.approx(q, abs=1e-4))
+    assert edge_with_variance("tanh", found)[0] == pytest.approx(sigma_b, abs=1e-6)
+
+
+def test_the_edge_of_relu_is_one_point():
+    for q in (0.1, 1.0, 7.0):
+        assert edge_with_variance("relu", q) == (pytest.approx(0.0, abs=1e-6), pytest.approx(math.sqrt(2), rel=1e-9))
+    with pytest.raises(NotApplicable, match="any variance stays"):
+        variance_at_edge("relu", 0.1)
 
 
 def test_the_edge_for_relu_is_a_point_and_for_tanh_a_curve():

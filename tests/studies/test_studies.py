@@ -13,30 +13,15 @@ from torch import nn
 
 from secateur.errors import UnknownName
 from secateur.measure.report import lines_figure
+from secateur.parts.mean_field import chi
 from secateur.studies import STUDIES, find_study
-from secateur.studies.edge_of_chaos import RELU, TANH, edge, edge_at, expectation, relu_correlation, travel
+from secateur.studies.edge_of_chaos import relu_correlation, travel
 from secateur.studies.pruned_fraction import Setting, train
 from secateur.studies.study import Claim, Exhibit, Findings, Study
 from secateur.studies.wide_prior import mean_gram, solve, trainability
 
 
-def test_expectations_are_exact_for_polynomials():
-    assert expectation(torch.square, 2.5) == pytest.approx(2.5, rel=1e-12)
-    assert expectation(lambda x: x**4, 2.0) == pytest.approx(12.0, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("sigma_b", "sigma_w", "q"), [(0.05, 1.1225, 0.1537), (0.1, 1.1934, 0.2733), (0.5, 1.5497, 1.3179)]
-)
-def test_the_edge_of_tanh(sigma_b, sigma_w, q):
-    found = edge_at(TANH, sigma_b)
-    assert found == (pytest.approx(sigma_w, abs=1e-4), pytest.approx(q, abs=1e-4))
-    assert edge(TANH, found[1])[0] == pytest.approx(sigma_b, abs=1e-6)
-
-
-def test_the_edge_of_relu_is_one_point():
-    for q in (0.1, 1.0, 7.0):
-        assert edge(RELU, q) == (pytest.approx(0.0, abs=1e-6), pytest.approx(math.sqrt(2), rel=1e-9))
+def test_the_correlation_map_of_relu():
     assert relu_correlation(1.0) == pytest.approx(1.0) and relu_correlation(0.0) == pytest.approx(1 / math.pi)
 
 
@@ -99,8 +84,7 @@ def test_wide_networks_are_solved_and_narrow_ones_are_not(monkeypatch):
 def test_the_factor_restores_the_gram_matrix():
     dense, pruned = (mean_gram(400, p, 0) for p in (1.0, 0.5))
     assert pruned == pytest.approx(dense, rel=0.1)
-    slope = expectation(lambda x: TANH.slope(x).square(), 1.0)
-    assert dense == pytest.approx(slope, rel=0.05)
+    assert dense == pytest.approx(chi("tanh", 1.0, 1.0), rel=0.05)
 
 
 def test_a_study_writes_its_page_and_its_numbers(tmp_path):

@@ -7,12 +7,15 @@ With ``y = W phi(x) + b``, W ~ N(0, sigma_w²/N) and b ~ N(0, sigma_b²), the va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import iti0k0
+
+from secateur.errors import NotApplicable
 
 Activation = Literal["relu", "tanh"]
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(200)
@@ -40,20 +43,38 @@ def chi(activation: Activation, sigma_w: float, q: float) -> float:
     return sigma_w**2 * mean_square(FUNCTIONS[activation][1], q)
 
 
+def edge_with_variance(activation: Activation, q: float) -> tuple[float, float]:
+    """Return (sigma_b, sigma_w) on the edge of chaos at which the variance stays at q.
+
+    chi = 1 gives sigma_w, and the fixed point of the variance then gives sigma_b.
+    """
+    function, slope = FUNCTIONS[activation]
+    sigma_w = mean_square(slope, q) ** -0.5
+    bias = q - sigma_w**2 * mean_square(function, q)
+    return math.sqrt(max(bias, 0.0)), sigma_w
+
+
+def variance_at_edge(activation: Activation, sigma_b: float) -> float:
+    """Return the variance that stays as it is on the edge of chaos, for a given sigma_b > 0.
+
+    Raises:
+        NotApplicable: For ReLU, whose edge is the single point sigma_b = 0, where every variance stays.
+    """
+    if activation == "relu":
+        raise NotApplicable(
+            "The edge of chaos of ReLU is the point sigma_b = 0, where any variance stays; take 'tanh'."
+        )
+    return float(brentq(lambda q: edge_with_variance(activation, q)[0] - sigma_b, 1e-6, 30.0))
+
+
 def edge_of_chaos(activation: Activation, sigma_b: float = 0.0) -> float:
     """Return the sigma_w at which signals and gradients neither die out nor explode.
 
     For ReLU the edge is a single point, sigma_b = 0 and sigma_w = sqrt(2). For tanh it is a curve.
     """
-    if activation == "relu" or sigma_b == 0:
-        return float(np.sqrt(2)) if activation == "relu" else 1.0
-    slope, function = FUNCTIONS[activation][1], FUNCTIONS[activation][0]
-
-    def bias(q: float) -> float:  # the sigma_b² for which q is a fixed point on the edge
-        return q - mean_square(function, q) / mean_square(slope, q)
-
-    q = brentq(lambda q: bias(q) - sigma_b**2, 1e-6, 30.0)
-    return float(mean_square(slope, q) ** -0.5)
+    if activation == "relu":
+        return math.sqrt(2)
+    return edge_with_variance(activation, variance_at_edge(activation, sigma_b))[1] if sigma_b else 1.0
 
 
 def layer_densities(sizes: Sequence[int], scales: Sequence[float], density: float) -> list[float]:

@@ -6,69 +6,23 @@ infinite width, the variance q and the correlation c of two inputs map from laye
 
     q' = sigma_b² + sigma_w² E[phi(sqrt(q) Z)²],   c' = (sigma_b² + sigma_w² E[phi(U) phi(V)]) / q'
 
-and chi = sigma_w² E[phi'(sqrt(q) Z)²] is the slope of the correlation map at 1: chi = 1 is the edge.
+and chi = sigma_w² E[phi'(sqrt(q) Z)²] is the slope of the correlation map at 1: chi = 1 is the edge
+(`secateur.parts.mean_field`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from secateur.measure.report import Table, lines_figure
+from secateur.parts.mean_field import edge_of_chaos, edge_with_variance, variance_at_edge
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 
-NODES = 200
-"""Of the Gauss-Hermite quadrature."""
 WIDTH, DEPTH, DRAWS, SPARSITY = 500, 50, 10, 0.9
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A function and its derivative."""
-
-    value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-
-
-TANH = Activation(torch.tanh, lambda x: 1 - torch.tanh(x).square())
-RELU = Activation(torch.relu, lambda x: (x > 0).to(x))
-
-
-def expectation(function: Callable[[Tensor], Tensor], q: float) -> float:
-    """Return E[f(sqrt(q) Z)] for a standard normal Z, by Gauss-Hermite quadrature."""
-    nodes, weights = _quadrature()
-    return float((function(math.sqrt(q) * nodes) * weights).sum() / math.sqrt(2 * math.pi))
-
-
-@cache
-def _quadrature() -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-    return torch.from_numpy(nodes), torch.from_numpy(weights)
-
-
-def edge(activation: Activation, q: float) -> tuple[float, float]:
-    """Return (sigma_b, sigma_w) on the edge of chaos at which the variance stays at q.
-
-    chi = 1 gives sigma_w, and the fixed point of the variance then gives sigma_b.
-    """
-    sigma_w = expectation(lambda x: activation.slope(x).square(), q) ** -0.5
-    squared = q - sigma_w**2 * expectation(lambda x: activation.value(x).square(), q)
-    return math.sqrt(max(squared, 0.0)), sigma_w
-
-
-def edge_at(activation: Activation, sigma_b: float) -> tuple[float, float]:
-    """Return (sigma_w, q) on the edge for a given sigma_b > 0 and a smooth activation, by bisection over q."""
-    low, high = 1e-9, 50.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if edge(activation, middle)[0] < sigma_b else (low, middle)
-    return edge(activation, low)[1], low
 
 
 def relu_correlation(c: float) -> float:
@@ -121,7 +75,7 @@ def run(seed: int, progress: OnProgress) -> Findings:
     for done, (name, (sparsity, rescaled)) in enumerate(arms.items()):
         progress(name, done, len(arms))
         found[name] = travel(sparsity, rescaled, generator)
-    curve = [edge(TANH, q) for q in np.geomspace(1e-4, 3.0, 60).tolist()]
+    curve = [edge_with_variance("tanh", q) for q in np.geomspace(1e-4, 3.0, 60).tolist()]
     theory = [found["dense"].correlation[0]]
     while len(theory) < DEPTH:
         theory.append(relu_correlation(theory[-1]))
@@ -178,7 +132,10 @@ def _exhibits(found: dict[str, Travel], theory: list[float], curve: list[tuple[f
     correlations = {name: list(zip(layers, t.correlation, strict=True)) for name, t in found.items()}
     correlations["theory (infinite width)"] = list(zip(layers, theory, strict=True))
     variances = {name: list(zip(layers, t.variance, strict=True)) for name, t in found.items()}
-    rows = [(f"{b:.2f}", *(f"{v:.4f}" for v in edge_at(TANH, b))) for b in (0.05, 0.1, 0.2, 0.3, 0.5)]
+    rows = [
+        (f"{b:.2f}", f"{edge_of_chaos('tanh', b):.4f}", f"{variance_at_edge('tanh', b):.4f}")
+        for b in (0.05, 0.1, 0.2, 0.3, 0.5)
+    ]
     return (
         Exhibit(
             "The edge of chaos",
