@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from secateur.errors import UnknownName
 from secateur.measure.report import lines_figure
@@ -18,7 +17,7 @@ from secateur.studies import STUDIES, find_study
 from secateur.studies.edge_of_chaos import relu_correlation, travel
 from secateur.studies.pruned_fraction import Setting, train
 from secateur.studies.study import Claim, Exhibit, Findings, Study
-from secateur.studies.wide_prior import mean_gram, solve, trainability
+from secateur.studies.wide_prior import mean_gram, solve
 
 
 def test_the_correlation_map_of_relu():
@@ -44,32 +43,6 @@ def test_a_signal_that_no_neuron_sees_is_not_learned():
     dense, gone = train(small, 1.0, 0), train(small, 1e-9, 0)
     assert dense.survivors == 1 and dense.train_loss < 0.01 and dense.test_accuracy > 0.9
     assert gone.survivors == 0 and gone.test_loss == pytest.approx(math.log(2)) == gone.train_loss
-
-
-def test_trainability_of_a_linear_model_is_known():
-    torch.manual_seed(0)
-    x, weight = torch.randn(3, 8, dtype=torch.float64), {"w": torch.randn(8, dtype=torch.float64)}
-    target = torch.zeros(3, dtype=torch.float64)
-    found = trainability(lambda p: x @ p["w"], weight, target)
-    assert found.smallest == pytest.approx(float(torch.linalg.svdvals(x)[-1]))
-    assert found.residual == pytest.approx(float((x @ weight["w"]).norm()))
-    assert found.curvature < 1e-9 and found.ratio < 1 and found.rate == found.smallest**2 / 2
-    mask = {"w": torch.tensor([1, 1, 1, 1, 1, 0, 0, 0], dtype=torch.float64)}
-    masked = trainability(lambda p: x @ p["w"], weight, target, mask)
-    assert masked.smallest == pytest.approx(float(torch.linalg.svdvals(x[:, :5])[-1]))
-    assert masked.smallest < found.smallest
-
-
-def test_a_wider_network_is_more_trainable():
-    ratios = []
-    for width in (64, 1024):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, width, bias=False), nn.Tanh(), nn.Linear(width, 2, bias=False)).double()
-        state = {"0.weight": net[0].weight.detach() * 2}
-        x = nn.functional.normalize(torch.randn(1, 4, dtype=torch.float64))
-        call = lambda p, net=net, x=x: torch.func.functional_call(net, dict(p), (x,))  # noqa: E731
-        ratios.append(trainability(call, state, torch.ones(1, 2, dtype=torch.float64)).ratio)
-    assert ratios[1] < ratios[0]
 
 
 def test_wide_networks_are_solved_and_narrow_ones_are_not(monkeypatch):
