@@ -121,6 +121,23 @@ def test_heads_are_vectors_of_all_their_rows():
     assert torch.equal(found, rows.transpose(0, 1).reshape(3, -1).double())
 
 
+def test_a_table_that_is_added_is_no_filter():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.register_buffer("positions", torch.randn(1, 5, 8))
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x) + self.positions))
+
+    model = WithPositions()
+    units, scores = scored(model, torch.randn(2, 5, 4))
+    (axis,) = units.structure.prunable
+    assert ("positions", 2) in axis.members and scores["first"].shape == (8,)
+    assert torch.equal(filters(units, axis, dict(model.named_parameters())), model.first.weight.double())
+
+
 # ----------------------------------------------------------------------------------------------- exact merging
 
 

@@ -14,7 +14,8 @@ from secateur.structure.structure import Axis
 
 def producers(units: ChannelUnits, axis: Axis) -> list[tuple[str, int]]:
     """Return the kernels (name, dim) that write an axis: several where layers share it, like a residual stream."""
-    kernels = [place for place in axis.members if len(units.structure.tensors[place[0]]) > 1]
+    structure = units.structure
+    kernels = [(n, dim) for n, dim in axis.members if n in structure.parameters and len(structure.tensors[n]) > 1]
     return [place for place in kernels if not units.consumes(*place)]
 
 
