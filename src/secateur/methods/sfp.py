@@ -5,12 +5,8 @@ He, Kang, Dong, Fu, Yang: Soft Filter Pruning for Accelerating Deep Convolutiona
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from secateur.core.context import Context
 from secateur.core.engine import Run
@@ -20,6 +16,8 @@ from secateur.core.recipe import Recipe
 from secateur.core.schedule import OneShot
 from secateur.core.slots import Criterion
 from secateur.core.units import Kept, Scores, Units
+from secateur.parts.filters import filters, producers
+from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.readers import channel_units
 from secateur.structure.dims import unit_index
 
@@ -47,7 +45,7 @@ class SoftFilterPruning(Criterion):
 
 class _SoftPruning(Hooks):
     def __init__(self, run: Run, times: int) -> None:
-        filter_norms(run.units)  # refuses the network before it is trained
+        _channels(run.units)  # refuses the network before it is trained
         self._run, self._times = run, times
 
     def after_step(self, state: TrainingState) -> None:
@@ -58,42 +56,29 @@ class _SoftPruning(Hooks):
             zero_filters(self._run.units, self._run.choose(filter_norms(self._run.units)))
 
 
-class _Filters(NamedTuple):
-    """A kernel that produces units of a group, along one of its dims."""
-
-    kernel: nn.Parameter
-    dim: int
-    group: str
-    unit: Tensor
-    """For each index of the dim; -1 for those of other groups."""
-
-
-def _filters(units: Units) -> Iterator[_Filters]:
-    channels = channel_units(units, "Soft filter pruning")
-    parameters = channels.parameters()
-    for axis in channels.structure.prunable:
-        for name, dim in axis.members:
-            dims = channels.structure.tensors[name]
-            if name in parameters and len(dims) > 1 and not channels.consumes(name, dim):
-                yield _Filters(parameters[name], dim, axis.name, unit_index(dims[dim], axis.leaf))
-
-
 @torch.no_grad()
 def filter_norms(units: Units) -> Scores:
     """Return the L2 norm of all filters of each unit."""
-    squares = {group: torch.zeros(shape) for group, shape in units.shapes.items()}
-    for kernel, dim, group, unit in _filters(units):
-        values = kernel.square().sum([i for i in range(kernel.dim()) if i != dim]).cpu().to(squares[group])
-        squares[group].index_add_(0, unit[unit >= 0], values[unit >= 0])
-    return {group: square.sqrt() for group, square in squares.items()}
+    channels = _channels(units)
+    weights = channels.parameters()
+    return {axis.name: filters(channels, axis, weights).norm(dim=1).float() for axis in channels.structure.prunable}
 
 
 @torch.no_grad()
 def zero_filters(units: Units, kept: Kept) -> None:
     """Set the filters of all units but `kept` to zero; what reads them stays, so that they can grow again."""
-    for kernel, dim, group, unit in _filters(units):
-        gone = (unit >= 0) & ~kept[group].cpu()[unit.clamp_min(0)]
-        kernel.index_fill_(dim, gone.nonzero().flatten().to(kernel.device), 0)
+    channels = _channels(units)
+    weights = channels.parameters()
+    for axis in channels.structure.prunable:
+        gone = ~kept[axis.name].cpu()
+        for name, dim in producers(channels, axis):
+            unit = unit_index(channels.structure.tensors[name][dim], axis.leaf)
+            places = (unit >= 0) & gone[unit.clamp_min(0)]
+            weights[name].index_fill_(dim, places.nonzero().flatten().to(weights[name].device), 0)
+
+
+def _channels(units: Units) -> ChannelUnits:
+    return channel_units(units, "Soft filter pruning")
 
 
 METHOD = Method("sfp", Recipe(criterion=SoftFilterPruning(), allocation="uniform", schedule=OneShot(at=0.5)))
