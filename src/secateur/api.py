@@ -57,7 +57,7 @@ def prune(  # the one call that ties everything together, so it has many options
             that takes mask and weights from ``init``, or that cuts only after some training, `model` itself is the
             initial network unless ``"init"`` is given.
         on_step: Called after each training step, for progress bars.
-        precision: Of the recovery: ``32-true`` or ``bf16-mixed``.
+        precision: Of the recovery: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
         seed: Controls every random choice.
         **slots: Other answers to a recipe's questions: criterion, scope, mask_from, weights_from, granularity,
             allocation, schedule, recovery; each as a name, a mapping with a name and settings, or a value.

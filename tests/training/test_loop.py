@@ -11,6 +11,7 @@ from secateur.errors import DataNeeded, InvalidFile, InvalidRecipe, PlanMismatch
 from secateur.parts.recovery.distill import Distill
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.training.data import TensorBatches
+from secateur.training.fabric import chosen_precision
 from secateur.training.loop import Trainer, accuracy, learning_rate, make_optimizer
 
 SETTINGS = FineTune(epochs=3, lr=0.05)
@@ -230,7 +231,7 @@ def test_layouts_are_restored():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(InvalidRecipe, match="Unknown precision '8-true'; known: 32-true, bf16-mixed"):
+    with pytest.raises(InvalidRecipe, match="Unknown precision '8-true'; known: 32-true, bf16-mixed, auto"):
         Trainer(network(), SETTINGS, precision="8-true")
 
 
@@ -238,6 +239,13 @@ def test_bfloat16_trains():
     model = network()
     history = Trainer(model, SETTINGS, precision="bf16-mixed").run(batches(), 0, 14)
     assert history[-1]["train_loss"] < history[0]["train_loss"] and model[5].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "has", "expected"), [("avx512_bf16", True, "bf16-mixed"), ("avx2", True, "32-true")])
+def test_precision_auto_is_mixed_only_where_the_processor_multiplies_in_bfloat16(monkeypatch, name, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: has, "amx_bf16": False, "num_sockets": 1})
+    assert chosen_precision("auto", torch.device("cpu")) == expected
+    assert chosen_precision("bf16-mixed", torch.device("cpu")) == "bf16-mixed"
 
 
 def test_data_without_length_or_content_are_refused():

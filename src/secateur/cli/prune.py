@@ -42,7 +42,7 @@ class RunFile(Value):
         method: A method's name.
         budget: One of macs, params, sparsity, bytes, latency_ms.
         seed: Controls every random choice.
-        precision: Of the recovery: ``32-true`` or ``bf16-mixed``.
+        precision: Of the recovery: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
         recipe: Slots that differ from the method's: granularity, recovery, schedule ...
     """
 

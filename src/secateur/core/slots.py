@@ -125,8 +125,9 @@ class Allocation(Slot):
         """Return priorities: comparable between groups, in the order of the scores within each; higher = keep."""
 
 
-Precision = Literal["32-true", "bf16-mixed"]
-"""Of a training: float32 throughout, or bfloat16 where PyTorch's autocast finds it safe."""
+Precision = Literal["32-true", "bf16-mixed", "auto"]
+"""Of a training: float32 throughout, bfloat16 where PyTorch's autocast finds it safe, or (``auto``) the latter only on
+machines that multiply in bfloat16: others are ten times slower in it than in float32."""
 
 
 class Level(NamedTuple):

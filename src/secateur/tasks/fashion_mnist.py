@@ -109,5 +109,5 @@ TASK = Task(
     },
     augment=random_shift(2),
     batch_size=128,
-    precision="bf16-mixed",
+    precision="auto",
 )

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from secateur.atomic import written_atomically
 from secateur.core.recipe import Recipe
+from secateur.core.slots import Precision
 from secateur.deploy import safetensors
 from secateur.environment import environment
 from secateur.errors import MissingCheckpoint
 from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.tasks.task import Task
+from secateur.training.fabric import chosen_precision
 from secateur.training.loop import OnStep, Trainer
 
 
@@ -71,7 +73,8 @@ def train_reference(
         torch.manual_seed(seed)
         model = task.build(network)
         data = task.train_batches(seed)
-        trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
+        precision = chosen_precision(task.precision, next(model.parameters()).device)
+        trainer = Trainer(model, settings, loss=task.loss, precision=precision)
         last = max(1, round(settings.epochs * len(data)))
         history = trainer.run(data, 0, last, evaluate=task.validation_accuracy, on_step=on_step, checkpoint=checkpoint)
     record = {
@@ -84,7 +87,7 @@ def train_reference(
         "training": settings.model_dump(mode="json"),
         "batch_size": task.batch_size,
         "label_smoothing": task.label_smoothing,
-        "precision": task.precision,
+        "precision": precision,
         "profile": profile(model, task.example()).as_dict(),
         "validation_accuracy": history[-1]["validation"],
         "test_accuracy": task.test_accuracy(model),
@@ -96,11 +99,18 @@ def train_reference(
 
 
 def early_state(
-    task: Task, network: str, *, seed: int, settings: FineTune | None = None, step: int = 0
+    task: Task,
+    network: str,
+    *,
+    seed: int,
+    settings: FineTune | None = None,
+    step: int = 0,
+    precision: Precision | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights that `train_reference` has after so many steps; after none: the initial ones.
 
     The first steps are made once more: rewinding takes few, and nothing need be kept of a training that is over.
+    `precision` is that of the training; default: the task's.
     """
     settings = settings or task.training_of(network)
     with torch.random.fork_rng():
@@ -108,7 +118,7 @@ def early_state(
         model = task.build(network)
         if step:
             data = task.train_batches(seed)
-            trainer = Trainer(model, settings, loss=task.loss, precision=task.precision)
+            trainer = Trainer(model, settings, loss=task.loss, precision=precision or task.precision)
             trainer.run(data, 0, step, lr_span=(0, max(1, round(settings.epochs * len(data)))))
     return model.state_dict()
 
@@ -122,12 +132,20 @@ def early_states(
         task: What it was trained on.
         network: Which network.
         recipe: Its `mask_from` and `weights_from` say which moments.
-        facts: The record of its training: ``seed`` and ``training``.
+        facts: The record of its training: ``seed``, ``training`` and, if it is not the task's, ``precision``.
     """
     wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
     settings = FineTune.parse(facts["training"]) if wanted else None
+    precision = facts.get("precision")
     return {
-        key: early_state(task, network, seed=facts["seed"], settings=settings, step=0 if key == "init" else int(key))
+        key: early_state(
+            task,
+            network,
+            seed=facts["seed"],
+            settings=settings,
+            step=0 if key == "init" else int(key),
+            precision=precision,
+        )
         for key in wanted
     }
 

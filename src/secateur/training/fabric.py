@@ -16,7 +16,7 @@ from secateur.core.slots import Precision
 from secateur.errors import InvalidRecipe
 from secateur.training.data import TensorBatches
 
-__all__ = ["Fabric", "average_buffers", "join_processes", "make_fabric", "processes", "share_data"]
+__all__ = ["Fabric", "average_buffers", "chosen_precision", "join_processes", "make_fabric", "processes", "share_data"]
 
 
 def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
@@ -24,16 +24,15 @@ def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
 
     Args:
         model: The model to train; it stays where it is.
-        precision: ``32-true`` or ``bf16-mixed``.
+        precision: ``32-true``, ``bf16-mixed`` or ``auto``.
 
     Raises:
         InvalidRecipe: Another precision.
     """
-    if precision not in get_args(Precision):
-        raise InvalidRecipe(f"Unknown precision {precision!r}; known: {', '.join(get_args(Precision))}.")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = next(model.parameters()).device
+    precision = chosen_precision(precision, device)
     fabric = Fabric(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=world if device.type != "cuda" or world > 1 else [device.index or torch.cuda.current_device()],
@@ -42,6 +41,25 @@ def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def chosen_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that a training has on a device: ``auto`` is mixed only where hardware has bfloat16.
+
+    Raises:
+        InvalidRecipe: An unknown precision.
+    """
+    if precision not in get_args(Precision):
+        raise InvalidRecipe(f"Unknown precision {precision!r}; known: {', '.join(get_args(Precision))}.")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and any(
+            has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")
+        )
+    return "bf16-mixed" if native else "32-true"
 
 
 def join_processes(model: nn.Module) -> None:

@@ -48,7 +48,7 @@ class Trainer:
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
         teacher: The unpruned network, for distillation.
         hooks: What methods do around each step.
-        precision: ``32-true`` or ``bf16-mixed``.
+        precision: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
     """
 
     def __init__(
