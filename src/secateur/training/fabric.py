@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning_fabric import Fabric
@@ -32,18 +32,17 @@ def make_fabric(model: nn.Module, precision: Precision = "32-true") -> Fabric:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = next(model.parameters()).device
-    precision = chosen_precision(precision, device)
     fabric = Fabric(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=world if device.type != "cuda" or world > 1 else [device.index or torch.cuda.current_device()],
         strategy="ddp" if world > 1 else "auto",
-        precision=precision,
+        precision=chosen_precision(precision, device),
     )
     fabric.launch()
     return fabric
 
 
-def chosen_precision(precision: Precision, device: torch.device) -> Precision:
+def chosen_precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed"]:
     """Return the precision that a training has on a device: ``auto`` is mixed only where hardware has bfloat16.
 
     Raises:
