@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from torch import Tensor
 
 from secateur.core.slots import Allocation
 from secateur.core.units import Scores
+from secateur.parts.allocation.ranking import ranks
 
 
 class ERK(Allocation):
@@ -23,7 +23,7 @@ class ERK(Allocation):
 
     def rank(self, scores: Scores) -> Scores:
         """Return -(r + 1/2) / (sum of dims) for the unit of rank r (0 = best): what -eps must fall below to keep it."""
-        return {group: -(_ranks(values) + 0.5) / self._share(values.shape) for group, values in scores.items()}
+        return {group: -(ranks(values) + 0.5) / self._share(values.shape) for group, values in scores.items()}
 
     def _share(self, shape: torch.Size) -> float:
         """Return to what a tensor's number of kept entries is proportional."""
@@ -37,11 +37,3 @@ class ER(ERK):
 
     def _share(self, shape: torch.Size) -> float:
         return sum(shape[:2]) * prod(shape[2:])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return the rank of each unit, 0 = best; among equals the first one is best."""
-    order = values.flatten().sort(descending=True, stable=True).indices
-    ranks = torch.empty(order.numel(), dtype=torch.float64, device=values.device)
-    ranks[order] = torch.arange(order.numel(), dtype=torch.float64, device=values.device)
-    return ranks.view(values.shape)

@@ -41,14 +41,13 @@ class Uniform(Allocation):
     name = "uniform"
 
     def rank(self, scores: Scores) -> Scores:
-        """Return (r + 1/2) / n for the unit of rank r (0 = worst) among n; the last one among equals is worst."""
-        return {group: _relative_ranks(values) for group, values in scores.items()}
+        """Return (n - r - 1/2) / n for the unit of rank r (0 = best) among n."""
+        return {group: (values.numel() - ranks(values) - 0.5) / values.numel() for group, values in scores.items()}
 
 
-def _relative_ranks(values: Tensor) -> Tensor:
-    flat = values.flatten()
-    n = flat.numel()
-    worst_first = (n - 1) - flat.flip(0).sort(stable=True).indices
-    ranks = torch.empty(n, dtype=torch.float64, device=values.device)
-    ranks[worst_first] = torch.arange(n, dtype=torch.float64, device=values.device)
-    return ((ranks + 0.5) / n).view(values.shape)
+def ranks(values: Tensor) -> Tensor:
+    """Return the rank of each unit of a group, 0 = best, in float64; among equals the first one is best."""
+    best_first = values.flatten().sort(descending=True, stable=True).indices
+    found = torch.empty(values.numel(), dtype=torch.float64, device=values.device)
+    found[best_first] = torch.arange(values.numel(), dtype=torch.float64, device=values.device)
+    return found.view(values.shape)
