@@ -15,6 +15,7 @@ from secateur.core.recipe import Recipe
 from secateur.core.slots import Criterion
 from secateur.core.units import Scores
 from secateur.parts.repair.rescale import Rescale, at_edge_of_chaos
+from secateur.parts.sensitivity import sensitivity
 
 
 class Sbp(Criterion):
@@ -34,9 +35,7 @@ class Sbp(Criterion):
     def score(self, context: Context) -> Scores:
         """Return the sensitivity of each unit; one pass over the data."""
         edge = context.but(values=at_edge_of_chaos(context, self.sigma_w, stable=self.stable))
-        gradients = edge.gradients()
-        slopes = edge.sum_over_units({name: w * gradients[name] for name, w in edge.weights.items()}, consumed=True)
-        return {group: slope.abs() for group, slope in slopes.items()}
+        return sensitivity(edge, edge.weights, edge.gradients())
 
 
 METHOD = Method("sbp", Recipe(criterion=Sbp(), mask_from="init", weights_from="init", repair=Rescale(stable=True)))

@@ -13,12 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.core.batches import logits_and_labels
-from secateur.core.context import Context, Values
+from secateur.core.context import Context
 from secateur.core.method import Method
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Criterion
 from secateur.core.units import Scores
 from secateur.errors import NotApplicable
+from secateur.parts.sensitivity import sensitivity
 
 
 class Snip(Criterion):
@@ -39,20 +40,14 @@ class Snip(Criterion):
         """Return the sensitivity of each unit; `force` passes over the data."""
         context = context.but(loss=negative_logit) if self.loss == "neg_logit" else context
         weights = context.weights
-        scores = _sensitivity(context, weights, context.gradients())
+        scores = sensitivity(context, weights, context.gradients())
         for step in range(1, self.force):
             kept = context.choose(scores, context.keep ** (step / self.force))
             if kept.keys() != weights.keys():
                 raise NotApplicable("Progressive skeletonization (force) masks single weights: granularity='weight'.")
             pruned = context.but(values={name: weight * kept[name] for name, weight in weights.items()})
-            scores = _sensitivity(context, weights, pruned.gradients())
+            scores = sensitivity(context, weights, pruned.gradients())
         return scores
-
-
-def _sensitivity(context: Context, weights: Values, gradients: Values) -> Scores:
-    """Return |sum of theta g| over each unit, which for a single weight is |dL/dc| of its factor c = 1."""
-    slopes = context.sum_over_units({name: weight * gradients[name] for name, weight in weights.items()}, consumed=True)
-    return {group: slope.abs() for group, slope in slopes.items()}
 
 
 def negative_logit(output: Any, target: Any) -> Tensor:
