@@ -169,6 +169,18 @@ def test_it_goes_on_from_a_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_the_retraining_remembers_nothing_of_the_pull():
+    model, units, run, state = started()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.param_groups[0]["momentum"] = 0.9
+    state.optimizer.step()
+    run.prune()
+    pulled = [p for p in units.parameters().values() if p in state.optimizer.state]
+    run.hooks.on_start(state)
+    assert pulled and not any(p in state.optimizer.state for p in units.parameters().values())
+
+
 def test_settings_are_checked():
     with pytest.raises(sc.SecateurError, match="rhos"):
         Recipe(criterion={"name": "admm", "rhos": []})

@@ -73,6 +73,9 @@ class _Splitting(Hooks):
             weights = self._weights()
             self.sparse = self.projected(weights)
             self.dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        elif self.run.rounds:  # retraining: momentum and moments still hold the pull, which has ended
+            for parameter in self.run.units.parameters().values():
+                state.optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def after_backward(self, state: TrainingState) -> None:
