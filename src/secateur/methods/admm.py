@@ -73,9 +73,6 @@ class _Splitting(Hooks):
             weights = self._weights()
             self.sparse = self.projected(weights)
             self.dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        elif self.run.rounds:  # retraining: momentum and moments still hold the pull, which has ended
-            for parameter in self.run.units.parameters().values():
-                state.optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def after_backward(self, state: TrainingState) -> None:
@@ -92,6 +89,12 @@ class _Splitting(Hooks):
     def after_step(self, state: TrainingState) -> None:
         if self.run.next_level is not None and state.progress * self.settings.iterations >= self.done + 1:
             self._project()
+
+    def on_end(self, state: TrainingState) -> None:
+        """Let the optimizer forget the pull, which its momentum would carry into the retraining."""
+        if self.run.next_level is not None:
+            for parameter in self.run.units.parameters().values():
+                state.optimizer.state.pop(parameter, None)
 
     def _project(self) -> None:
         """Z = projection of W + U, U = U + W - Z; then U follows rho, so that rho U stays what it was."""
