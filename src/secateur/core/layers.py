@@ -17,7 +17,12 @@ from secateur.errors import NotApplicable
 
 def is_matrix(module: nn.Module) -> bool:
     """Return whether a module is a linear layer or a two-dimensional convolution."""
-    return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
+    return isinstance(module, nn.Linear | nn.Conv2d) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module is the linear layer of transformers, whose weight has the shape (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def weight_matrix(module: nn.Module, values: Tensor | None = None) -> Tensor:
     """
     own: Any = module.weight
     weight: Tensor = (own if values is None else values).detach()
-    weight = weight.t() if _is_transposed(module) else weight
+    weight = weight.t() if is_transposed(module) else weight
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
@@ -63,7 +68,7 @@ def set_weight_matrix(module: nn.Module, values: Tensor) -> None:
     """Give a layer's weight the values of a matrix shaped like `weight_matrix`; mutates it."""
     weight: Any = module.weight
     with torch.no_grad():
-        if _is_transposed(module):
+        if is_transposed(module):
             weight.copy_(values[0].t())
         else:
             weight.copy_(values.reshape(weight.shape))
@@ -71,7 +76,7 @@ def set_weight_matrix(module: nn.Module, values: Tensor) -> None:
 
 def input_dim(module: nn.Module) -> int:
     """Return which dim of a layer's weight its inputs are."""
-    return 0 if _is_transposed(module) else 1
+    return 0 if is_transposed(module) else 1
 
 
 def columns_per_input(module: nn.Module) -> int:
@@ -82,7 +87,3 @@ def columns_per_input(module: nn.Module) -> int:
 def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, module._reversed_padding_repeated_twice, mode)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # transformers' linear layer holds its weight as (in, out)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import batch_size
 from secateur.core.context import Context, twice_differentiable
+from secateur.core.layers import is_transposed
 from secateur.core.units import Scores, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
@@ -161,7 +162,7 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
 def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
     """Multiply each output of a layer, or all of them by one factor."""
     for name, parameter in module.named_parameters(recurse=False):
-        last = name == "weight" and type(module).__name__ == "Conv1D"
+        last = name == "weight" and is_transposed(module)
         parameter.mul_(factor if last else factor.view(-1, *[1] * (parameter.dim() - 1)))
 
 
@@ -193,7 +194,7 @@ def _unit_dim(module: nn.Module, axis: str) -> int:
     """Return which dim of a layer's input or output holds the units."""
     if isinstance(module, _ConvTransposeNd | _ConvNd):
         return 1
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # transformers' linear layer
+    if isinstance(module, nn.Linear) or is_transposed(module):
         return -1
     raise NotApplicable(
         f"The axis {axis!r} is read by a {type(module).__name__}; gates can stand before linear and convolutional "
