@@ -83,6 +83,59 @@ def test_folded_gates_do_what_the_gates_did(network, granularity):
     torch.testing.assert_close(model(x), gated)
 
 
+class SharedReaders(nn.Module):
+    """Two layers read the units by one weight, each with a bias of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.third.weight = self.second.weight
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden).sigmoid() + self.third(hidden.square())
+
+
+class SharedProducers(nn.Module):
+    """Queries and keys are made by one weight, each with a bias of its own, and no layer reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 3)
+        self.key.weight = self.query.weight
+
+    def forward(self, x):
+        attention = self.query(x) @ self.key(x).mT
+        return attention.softmax(-1) @ self.value(x)
+
+
+@pytest.mark.parametrize("network", [SharedReaders, SharedProducers])
+def test_layers_that_share_a_weight_are_gated_together(network):
+    torch.manual_seed(0)
+    model = network().double()
+    x, target = torch.randn(2, 5, 4, dtype=torch.double), torch.randn(2, 5, 3, dtype=torch.double)
+    units = Recipe(criterion="magnitude", granularity="channel").granularity.units(model.eval(), x, Scope())
+    ((group, shape),) = units.shapes.items()
+    state = copy.deepcopy(model.state_dict())
+
+    def folded(values):
+        Gates(units).fold({group: values})
+        output = model(x)
+        model.load_state_dict(state)
+        return output
+
+    gate = torch.rand(shape, dtype=torch.double)
+    with Gates(units).applied({group: gate}):
+        gated = model(x)
+    torch.testing.assert_close(gated, folded(gate))
+
+    slopes = next(gate_gradients(Context(units, [(x, target)], loss=F.mse_loss)))[group].mean(0)
+    for unit, slope in enumerate(slopes):
+        step = 1e-5 * F.one_hot(torch.tensor(unit), shape.numel()).double()
+        after, before = (F.mse_loss(folded(1 + change), target).item() for change in (step, -step))
+        assert slope.item() == pytest.approx((after - before) / 2e-5, rel=1e-6, abs=1e-9)
+
+
 def test_units_that_are_no_axes_and_layers_without_a_place_are_refused():
     with pytest.raises(NotApplicable, match="Gates stand at channels"):
         Gates(units_of("mlp", "weight")[0])

@@ -25,6 +25,17 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def holders(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules that hold the parameter or buffer of this name as their own: several where they share it."""
+    path, _, key = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), key)
+    return [
+        module
+        for module in model.modules()
+        if any(own is tensor for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    ]
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """Return a layer's input as (groups, samples and positions, columns of the weight as a matrix).
 

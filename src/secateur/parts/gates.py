@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import batch_size
 from secateur.core.context import Context, twice_differentiable
-from secateur.core.layers import is_transposed
+from secateur.core.layers import holders, is_transposed
 from secateur.core.units import Scores, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
@@ -23,9 +23,9 @@ from secateur.structure.dims import unit_index
 
 
 class _Place(NamedTuple):
-    """Where units are gated: at the input (`reads`) or the output of a module, along a dim."""
+    """Where units are gated: at the input (`reads`) or the output of the modules that share a weight, along a dim."""
 
-    module: nn.Module
+    modules: list[nn.Module]
     reads: bool
     dim: int
     group: str
@@ -37,7 +37,7 @@ class Gates:
     """The places at which the units of a model are multiplied by gates: the inputs of the layers that read them.
 
     An axis that no layer reads (query and key are multiplied with each other) is gated at the output of its first
-    producer, a residual branch at the output of its last layer.
+    producer, a residual branch at the output of its last layer. Layers that share a weight are gated together.
 
     Args:
         units: Units on axes, or residual branches.
@@ -91,14 +91,14 @@ class Gates:
         for place in self._places:
             if place.group in gates:
                 factor = _Gate(gates[place.group]).factor(place.units)
-                _scale_inputs(place.module, factor) if place.reads else _scale_outputs(place.module, factor)
+                _scale_inputs(place.modules[0], factor) if place.reads else _scale_outputs(place.modules, factor)
 
     @contextmanager
     def _hooked(self, gates: Mapping[str, _Gate]) -> Iterator[None]:
         with ExitStack() as stack:
             for place in self._places:
-                if place.group in gates:
-                    stack.callback(gates[place.group].hook(place).remove)
+                for module in place.modules if place.group in gates else ():
+                    stack.callback(gates[place.group].hook(module, place).remove)
             yield
 
 
@@ -108,18 +108,18 @@ class _Gate:
     def __init__(self, values: Tensor) -> None:
         self._values = values
 
-    def hook(self, place: _Place) -> RemovableHandle:
-        """Act at a place from now on; values may change in between."""
+    def hook(self, module: nn.Module, place: _Place) -> RemovableHandle:
+        """Act at a module of a place from now on; values may change in between."""
 
-        def of_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def of_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (self.act(inputs[0], self._along(inputs[0], place)), *inputs[1:])
 
-        def of_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        def of_output(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             return self.act(output, self._along(output, place))
 
         if place.reads:
-            return place.module.register_forward_pre_hook(of_input)
-        return place.module.register_forward_hook(of_output)
+            return module.register_forward_pre_hook(of_input)
+        return module.register_forward_hook(of_output)
 
     def act(self, x: Tensor, factor: Tensor) -> Tensor:
         return x * factor
@@ -159,10 +159,14 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
         weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)))
 
 
-def _scale_outputs(module: nn.Module, factor: Tensor) -> None:
-    """Multiply each output of a layer, or all of them by one factor."""
-    for name, parameter in module.named_parameters(recurse=False):
-        last = name == "weight" and is_transposed(module)
+def _scale_outputs(modules: list[nn.Module], factor: Tensor) -> None:
+    """Multiply each output of layers, or all of them by one factor; parameters that they share once."""
+    outputs_last = {
+        parameter: name == "weight" and is_transposed(module)
+        for module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for parameter, last in outputs_last.items():
         parameter.mul_(factor if last else factor.view(-1, *[1] * (parameter.dim() - 1)))
 
 
@@ -174,32 +178,31 @@ def _places_of_axes(units: ChannelUnits) -> list[_Place]:
         if not kernels:
             raise NotApplicable(f"No layer produces or reads the axis {axis.name!r}; exclude it from the scope.")
         for name, position in readers or kernels[:1]:
-            module = units.model.get_submodule(name.rpartition(".")[0])
+            modules = holders(units.model, name)
+            dim = _unit_dim(modules, axis.name)
             index = unit_index(units.structure.tensors[name][position], axis.leaf)
-            of_each_group = getattr(module, "groups", 1) if readers else 1
-            index = index.repeat(of_each_group)
-            places.append(_Place(module, bool(readers), _unit_dim(module, axis.name), axis.name, index))
+            of_each_group = getattr(modules[0], "groups", 1) if readers else 1
+            places.append(_Place(modules, bool(readers), dim, axis.name, index.repeat(of_each_group)))
     return places
 
 
 def _places_of_branches(units: DepthUnits) -> list[_Place]:
     return [
-        _Place(units.model.get_submodule(branch.gate[0].rpartition(".")[0]), False, -1, group, torch.tensor([i]))
+        _Place([units.model.get_submodule(branch.gate[0].rpartition(".")[0])], False, -1, group, torch.tensor([i]))
         for group, branches in units.groups.items()
         for i, branch in enumerate(branches)
     ]
 
 
-def _unit_dim(module: nn.Module, axis: str) -> int:
-    """Return which dim of a layer's input or output holds the units."""
-    if isinstance(module, _ConvTransposeNd | _ConvNd):
-        return 1
-    if isinstance(module, nn.Linear) or is_transposed(module):
-        return -1
-    raise NotApplicable(
-        f"The axis {axis!r} is read by a {type(module).__name__}; gates can stand before linear and convolutional "
-        "layers. Exclude the axis from the scope."
-    )
+def _unit_dim(modules: list[nn.Module], axis: str) -> int:
+    """Return which dim of the inputs or outputs of layers that share a weight holds the units."""
+    for module in modules:
+        if not isinstance(module, _ConvNd | nn.Linear) and not is_transposed(module):
+            raise NotApplicable(
+                f"The axis {axis!r} is read by a {type(module).__name__}; gates can stand before linear and "
+                "convolutional layers. Exclude the axis from the scope."
+            )
+    return 1 if isinstance(modules[0], _ConvNd) else -1
 
 
 def gate_gradients(context: Context) -> Iterator[Scores]:
