@@ -83,6 +83,18 @@ def test_folded_gates_do_what_the_gates_did(network, granularity):
     torch.testing.assert_close(model(x), gated)
 
 
+def test_grouped_transposed_convolutions_read_gated_units():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=2)).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    units = Recipe(criterion="magnitude", granularity="channel").granularity.units(model, x, Scope())
+    gates = {group: torch.rand(shape, dtype=torch.double) for group, shape in units.shapes.items()}
+    with Gates(units).applied(gates):
+        gated = model(x)
+    assert gates and not torch.allclose(gated, model(x))
+    Gates(units).fold(gates)
+    torch.testing.assert_close(model(x), gated)
+
+
 class SharedReaders(nn.Module):
     """Two layers read the units by one weight, each with a bias of its own."""
 

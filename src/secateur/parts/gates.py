@@ -181,7 +181,7 @@ def _places_of_axes(units: ChannelUnits) -> list[_Place]:
             modules = holders(units.model, name)
             dim = _unit_dim(modules, axis.name)
             index = unit_index(units.structure.tensors[name][position], axis.leaf)
-            of_each_group = getattr(modules[0], "groups", 1) if readers else 1
+            of_each_group = getattr(modules[0], "groups", 1) if position == 1 else 1
             places.append(_Place(modules, bool(readers), dim, axis.name, index.repeat(of_each_group)))
     return places
 
