@@ -102,7 +102,8 @@ def records_table(method: str) -> str:
     """Return the official figures of one method on every benchmark, with the controls at the same budget beside it."""
     store = Store(ROOT / "results" / "records")
     parts = [_figures(find_benchmark(name), store, method) for name in benchmark_names()]
-    return "\n\n".join(filter(None, parts)) or "No official record of this method yet."
+    unknown = f"No official record yet: whether `{method}` beats random pruning under the same recovery is not known."
+    return "\n\n".join(filter(None, parts)) or unknown
 
 
 def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
@@ -125,7 +126,27 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
         f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same "
         f"recovery for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
     )
-    return f"{words}\n\n{markdown_table(head, lines)}"
+    own = [row for row in rows if row.arm == method and row.role == "method"]
+    return "\n\n".join(filter(None, (words, markdown_table(head, lines), _against_random(own, len(benchmark.seeds)))))
+
+
+def _against_random(rows: list[Row], seeds: int) -> str:
+    """Return in words at which budgets a method beats random pruning."""
+    words = {
+        "better": "Better than random pruning at",
+        "undecided": f"No difference from random pruning that {seeds} seeds can show at",
+        "worse": "**Worse than random pruning** at",
+    }
+    parts = []
+    for verdict, said in words.items():
+        where = [
+            f"{row.granularity}, {budget_words(row.budget)}"
+            for row in rows
+            if "random" in row.against and row.against["random"].verdict == verdict
+        ]
+        if where:
+            parts.append(f"{said} {'; '.join(where)}")
+    return f"{'. '.join(parts)}." if parts else ""
 
 
 def _difference(row: Row, control: str) -> str:
