@@ -118,7 +118,7 @@ def _claims(
             _falling([median["dense"][w] for w in WIDTHS if solved["dense"][w] == DRAWS]),
         ),
         Claim(
-            f"A random mask of density {DENSITY} slows the descent down, and the factor p^-1/2 makes up for most of it.",
+            f"A random mask of density {DENSITY} slows the descent down; the factor p^-1/2 makes up for most of it.",
             ours,
             f"steps at the greatest width, relative to the dense network: 1/p = {1 / DENSITY:g} without and 1 with the "
             f"factor in the limit; judged by the middle, {middle:.2f}",
