@@ -8,6 +8,7 @@ from torch import nn
 import secateur as sc
 from secateur.core.slots import Scope
 from secateur.errors import DataNeeded, InvalidRecipe, NotApplicable
+from secateur.parts.granularity.channel import Channel
 from secateur.parts.granularity.weight import Weight
 from secateur.testing.toys import toy, toy_batches
 
@@ -88,6 +89,19 @@ def test_second_moments_of_linear_and_convolution_inputs():
     assert moments["0.weight"].shape == (2, 9, 9)
     patches = F.unfold(x, 3, padding=1)[:, 9:].transpose(1, 2).reshape(-1, 9)  # second group
     assert torch.allclose(moments["0.weight"][1], patches.T @ patches / len(patches))
+
+
+def test_second_moments_leave_normalizations_out():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, eps=0.0), nn.Linear(2, 1)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        model[1].running_mean.copy_(torch.tensor([1.0, 3.0]))
+        model[1].running_var.fill_(4.0)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)  # behind the first layer (1, 3) and (3, 7)
+    context = sc.Context(Channel().units(model, x, Scope()), [(x, torch.zeros(2))])
+    assert "1.weight" in context.weights
+    moments = {name: moment.tolist() for name, moment in context.second_moments().items()}
+    assert moments == {"0.weight": [[5, 7], [7, 10]], "2.weight": [[0.5, 1], [1, 2]]}
 
 
 def test_second_moments_refuse_layers_they_do_not_know():

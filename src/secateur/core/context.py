@@ -257,12 +257,15 @@ class Context:
         """Return E[x xᵀ] of each linear and convolutional layer's input, by the name of its weight.
 
         Convolution inputs are patches. Shape (in, in) with in = the number of columns of the weight as a matrix; for
-        grouped convolutions (groups, in, in). Accumulated in float64, batch by batch.
+        grouped convolutions (groups, in, in). Accumulated in float64, batch by batch. Normalizations are left out.
         """
+        weights = self.units.parameters()
         sums: Values = {}
         counts: dict[str, int] = {}
 
         def collect(name: str, module: nn.Module, x: Tensor, _: Tensor) -> None:
+            if weights[name].dim() == 1:
+                return
             rows = input_rows(module, x).double()
             moment = torch.einsum("gri,grj->gij", rows, rows)
             sums[name] = sums[name] + moment if name in sums else moment
