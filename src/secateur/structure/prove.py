@@ -141,7 +141,8 @@ class _Search:
     """Finds out which classes of a cut that failed are to blame, by cutting halves of them.
 
     Where float32 and float64 have found the same error of the whole cut, rounding plays no part in it, and float32
-    alone judges groups. What is frozen in the end has failed in both.
+    alone judges groups: a matter of speed, for what is frozen in the end has failed in both. Models with scales are
+    drawn differently for the two (`redraw`), so that the errors differ and both judge.
     """
 
     def __init__(
