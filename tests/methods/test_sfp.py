@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import secateur as sc
+from secateur.budgets import cost_of
+from secateur.core.engine import Run
+from secateur.core.hooks import TrainingState
 from secateur.core.slots import Scope
 from secateur.errors import NotApplicable
 from secateur.methods.sfp import SoftFilterPruning, filter_norms, zero_filters
@@ -74,6 +77,28 @@ def test_filters_are_zeroed_several_times_last_right_before_the_cut_and_those_ar
     # of 6 steps before the cut, the 2nd, the 4th and the last one zero; after a step all have grown again
     assert zeroed == [0, 16, 0, 16, 0] + 6 * [0]
     assert pruner.rounds[0].counts == {"1": 16, "3": 12}
+
+
+def test_zeroed_filters_do_not_outgrow_the_others_behind_batch_normalization():
+    model, x = toy("resnet20")
+    with torch.no_grad():
+        model.blocks[1].bn1.bias.fill_(1)
+    units = Channel().units(model, x, Scope())
+    run = Run(recipe(times=1), units, sc.Budget(macs=0.5), cost_of("macs"))
+    state = TrainingState(model.train(), torch.optim.SGD(model.parameters(), lr=0.1), 4, 4)
+    run.hooks.after_step(state)
+    conv = model.blocks[1].conv1.weight
+    zeroed = conv.flatten(1).eq(0).all(1)
+    inputs, target = toy_batches("resnet20")[0]
+    F.cross_entropy(model(inputs), target).backward()
+    before = conv.grad.clone()
+    norms = before.flatten(1).norm(dim=1)
+    run.hooks.after_backward(state)
+    after = conv.grad.flatten(1).norm(dim=1)
+    assert zeroed.any() and norms[zeroed].max() > 10 * norms[~zeroed].max()
+    assert after.max() <= norms[~zeroed].max() * 1.0001 and torch.equal(conv.grad[~zeroed], before[~zeroed])
+    directions = F.cosine_similarity(conv.grad.flatten(1), before.flatten(1))[norms > 0]
+    torch.testing.assert_close(directions, torch.ones_like(directions))
 
 
 def test_a_network_is_pruned_in_its_training_and_single_weights_are_refused():
