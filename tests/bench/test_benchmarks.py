@@ -96,7 +96,7 @@ def test_a_plan_has_every_arm_at_every_budget_with_the_same_recovery():
             )
             recipe = Recipe(**found[0].recipe)
             assert recipe.hash == found[0].recipe_hash and recipe.granularity == ladder.granularity
-            if recipe.weights_from == "same":
+            if not recipe.from_scratch:
                 assert recipe.recovery == ladder.recovery
             else:
                 assert recipe.recovery.epochs == benchmark.training.epochs

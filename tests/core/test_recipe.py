@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+import secateur as sc
 from secateur.core.recipe import Recipe
 from secateur.core.schedule import Iterative
 from secateur.core.slots import Criterion, Scope, Slot
@@ -103,3 +104,9 @@ def test_scope_patterns():
 def test_a_misspelled_setting_is_named_before_the_one_that_is_then_missing():
     with pytest.raises(InvalidRecipe, match=r"criterio: Extra inputs.* Did you mean 'criterion'\? Known: allocation, "):
         Recipe(criterio="taylor")
+
+
+def test_from_scratch_is_what_owes_nothing_to_the_trained_weights():
+    assert not any(sc.method(name).recipe.from_scratch for name in ("magnitude", "gradual", "movement"))
+    assert all(sc.method(name).recipe.from_scratch for name in ("snip", "rigl", "set", "edge_popup", "lottery"))
+    assert sc.method("magnitude").recipe.but(weights_from="fresh").from_scratch

@@ -304,8 +304,7 @@ def _pruning(benchmark: Benchmark, arm: str, recipe: Recipe, budget: Budget) -> 
 def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     """Return what an arm does on a ladder; None if it does not apply there.
 
-    A network whose weights are set back or drawn anew gets the dense network's training, every other one the ladder's
-    recovery.
+    A network that starts from scratch gets the dense network's training, every other one the ladder's recovery.
     """
     base, _, check = arm.partition("+")
     control = benchmark.controls.get(base, Control(method=base))
@@ -318,7 +317,7 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     if check == "fresh":
         recipe = recipe.but(weights_from="fresh")
     recovery = ladder.recovery
-    if recipe.weights_from != "same":
+    if recipe.from_scratch:
         recovery = benchmark.training.model_copy(update={"compute": control.compute})
     return recipe.but(granularity=ladder.granularity, recovery=recovery, scope=ladder.scope)
 

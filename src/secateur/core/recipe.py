@@ -57,6 +57,11 @@ class Recipe(Value):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether the pruned network owes nothing to the trained weights, and so needs a whole training."""
+        return self.weights_from != "same" or self.criterion.from_scratch
+
+    @property
     def hash(self) -> str:
         """A name for the recipe that is the same on every machine: 16 hexadecimal digits.
 

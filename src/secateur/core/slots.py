@@ -87,6 +87,8 @@ class Criterion(Slot):
     slot = "criterion"
     works_in_training: ClassVar[bool] = False
     """Whether its hooks do what the method is about, so that a recipe that trains nothing is refused."""
+    from_scratch: ClassVar[bool] = False
+    """Whether it draws a network of its own, whatever weights there were."""
     learns: ClassVar[bool] = False
     """Whether its scores are learned while the network trains, so that the first cut must come after some training."""
 

@@ -39,6 +39,7 @@ class EdgePopup(Criterion):
 
     name = "edge_popup"
     learns: ClassVar[bool] = True
+    from_scratch: ClassVar[bool] = True
     init: Literal["signed", "kaiming", "given"] = "signed"
     scaled: bool = True
     lr: float = Field(0.1, gt=0)

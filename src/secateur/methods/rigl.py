@@ -38,4 +38,4 @@ class _GradientGrowth(Exchange):
             parameter.grad = None
 
 
-METHOD = Method("rigl", Recipe(criterion=RigL(), allocation=ERK()))
+METHOD = Method("rigl", Recipe(criterion=RigL(), mask_from="init", weights_from="init", allocation=ERK()))

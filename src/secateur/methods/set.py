@@ -47,4 +47,4 @@ class _RandomGrowth(Exchange):
         self._generator.set_state(state["generator"])
 
 
-METHOD = Method("set", Recipe(criterion=SET(), allocation=ER()))
+METHOD = Method("set", Recipe(criterion=SET(), mask_from="init", weights_from="init", allocation=ER()))
