@@ -22,6 +22,7 @@ from secateur.structure.trace import trace
 from secateur.training.fabric import join_processes
 from secateur.training.loop import OnStep, accuracy
 from secateur.training.recover import Recoverer
+from secateur.training.teacher import Teachers
 
 
 def prune(  # the one call that ties everything together, so it has many options
@@ -38,6 +39,7 @@ def prune(  # the one call that ties everything together, so it has many options
     checkpoints: engine.Checkpoints | None = None,
     on_step: OnStep | None = None,
     precision: Precision = "32-true",
+    teachers: Teachers = (),
     seed: int = 0,
     **slots: Any,
 ) -> Pruned:
@@ -49,6 +51,7 @@ def prune(  # the one call that ties everything together, so it has many options
         budget: How much may stay.
         method: Name of a method (see `methods`), or a whole recipe.
         data: Training batches ``(inputs, target)`` or mappings, iterable more than once; for scores and for recovery.
+            Inputs alone are enough for scores that need no labels, and for distillation with ``alpha=1``.
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
         calibration: Batches for scores, if not `data`.
         validation: Batches for an accuracy per epoch of the recovery.
@@ -58,6 +61,8 @@ def prune(  # the one call that ties everything together, so it has many options
             initial network unless ``"init"`` is given.
         on_step: Called after each training step, for progress bars.
         precision: Of the recovery: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
+        teachers: Networks (or state dicts of networks like `model`) that teach beside `model` in a recovery by
+            distillation: their probabilities and its own are averaged. They are never changed.
         seed: Controls every random choice.
         **slots: Other answers to a recipe's questions: criterion, scope, mask_from, weights_from, granularity,
             allocation, schedule, recovery; each as a name, a mapping with a name and settings, or a value.
@@ -66,7 +71,8 @@ def prune(  # the one call that ties everything together, so it has many options
         InvalidRecipe: An unknown slot or setting.
         BudgetUnreachable: The budget cannot be met; says what can.
         NothingPrunable: No unit may be removed.
-        DataNeeded: The method or the recovery needs data.
+        DataNeeded: The method or the recovery needs data, or targets.
+        InvalidInputs: The model does not run on the inputs, or a teacher's outputs are not like its own.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -81,7 +87,7 @@ def prune(  # the one call that ties everything together, so it has many options
         for_scores = calibration if calibration is not None else data
         run = job.start(copied(model), for_scores, loss, checkpoints)
         recoverer = Recoverer(
-            job.recipe,
+            run,
             model,
             job.inputs,
             data,
@@ -89,6 +95,7 @@ def prune(  # the one call that ties everything together, so it has many options
             evaluate=accuracy(validation) if validation is not None else None,
             on_step=on_step,
             precision=precision,
+            teachers=teachers,
         )
         engine.run(run, recoverer)
     return job.result(run, run.units.model, recoverer.history)

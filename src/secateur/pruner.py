@@ -18,15 +18,18 @@ from secateur.core.budget import Budget
 from secateur.core.learning import Learning
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
+from secateur.core.slots import Recovery
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, PlanMismatch
 from secateur.job import Job, make_job
 from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.recovery.distill import Distill
 from secateur.pruned import Pruned
 from secateur.structure.carry import Companions
 from secateur.structure.inputs import state_of
 from secateur.structure.plan import parse_plan
 from secateur.structure.surgery import copied
+from secateur.training.teacher import Teacher, Teachers, make_teacher
 
 
 class Pruner:
@@ -39,7 +42,7 @@ class Pruner:
     weights are zeroed and held at zero after every optimizer step.
 
     Some methods learn while you train. Those that have a term of the loss need it added to yours:
-    ``(loss + pruner.loss_term()).backward()``; `step` says so if you forget.
+    ``(loss + pruner.loss_term()).backward()``; `step` says so if you forget. `teacher` lets the unpruned network teach.
 
     What must be made anew after a cut: a ``DistributedDataParallel`` around the model, and hooks on parameters.
 
@@ -106,6 +109,7 @@ class Pruner:
         _check_recovery(self._job)
         self._companions = Companions(_checked_optimizers(optimizers, model), _checked_copies(copies, model))
         self._mask_handles: list[RemovableHandle] = []
+        self._teachers: list[Teacher] = []
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._run = self._job.start(model, data, loss, checkpoints)
@@ -150,11 +154,47 @@ class Pruner:
                 happened = self._run.prune()
             if self._job.recipe.weights_from != "same":
                 self._restart_companions()
+            self._inform_teachers()
             self._hold_masks()
             self._learning.start(self.steps)
         if self.steps == self.total_steps:
             self._learning.end()
         return happened
+
+    def teacher(
+        self, parent: nn.Module, recovery: str | Mapping[str, Any] | Distill = "distill", others: Teachers = ()
+    ) -> Teacher:
+        """Return a teacher for your loop, whose ``loss(batch)`` takes the place of forward pass and loss.
+
+        It knows of later cuts of this pruner, so that features are compared with those of the parent's units that are
+        left. Epochs, optimizer and learning rate of the recovery are not looked at: your loop has its own.
+
+        Args:
+            parent: The unpruned network; take a copy before the first cut. It is never changed.
+            recovery: What is learned from it: ``"distill"`` with its settings.
+            others: Networks, or state dicts of networks like the parent, that teach beside it.
+
+        Raises:
+            InvalidRecipe: Another recovery.
+            PlanMismatch: The parent is not like the unpruned network.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+            >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> pruner = Pruner(net, torch.zeros(1, 8), optimizers=sgd, total_steps=8, budget=Budget(macs=0.5),
+            ...                 granularity="channel")
+            >>> teacher = pruner.teacher(copied(net), {"name": "distill", "alpha": 1, "features": 0.1})
+            >>> for _ in range(8):
+            ...     sgd.zero_grad()
+            ...     teacher.loss(torch.randn(16, 8)).backward()
+            ...     sgd.step()
+            ...     _ = pruner.step()
+        """
+        settings = Recovery.parse(recovery)
+        if not isinstance(settings, Distill):
+            raise InvalidRecipe(f"The recovery {settings.name!r} learns from no teacher: take 'distill'.")
+        self._teachers.append(make_teacher(settings, self._run.units, parent, others))
+        return self._teachers[-1]
 
     def result(self) -> Pruned:
         """Return the network as it is now, a copy, with everything that `save` and a report need.
@@ -206,6 +246,7 @@ class Pruner:
         self._run.rounds[:] = [engine.Round(**done) for done in state["rounds"]]
         self._run.scores = dict(state["scores"])
         self._hold_masks()
+        self._inform_teachers()
         self._learning.end()
         self._learning.start(self.steps)
         if self._run.hooks is not None:
@@ -222,6 +263,11 @@ class Pruner:
         self._mask_handles = [masks.attach(optimizer) for optimizer in self._companions.optimizers]
         for follower in self._companions.copies:
             Masks(follower, units.masks).apply()
+
+    def _inform_teachers(self) -> None:
+        if isinstance(self._run.units, CutUnits):
+            for teacher in self._teachers:
+                teacher.follow(self._run.units.plan)
 
     def _restart_companions(self) -> None:
         """The weights were set back: what was remembered of those before is of no use."""
@@ -248,7 +294,7 @@ def _check_recovery(job: Job) -> None:
     if job.recipe.recovery.epochs:
         raise InvalidRecipe(
             f"A Pruner trains nothing: your own loop is the recovery. The recipe has {job.recipe.recovery.name!r}; "
-            "pass recovery='none'."
+            "pass recovery='none'. (Pruner.teacher distills in your loop.)"
         )
 
 

@@ -26,6 +26,9 @@ def make_model():
 def make_data():
     return toy_batches("resnet20"), toy_batches("resnet20", seed=1)
 
+def make_inputs():
+    return [x for x, _ in toy_batches("resnet20")]
+
 def make_example():
     return torch.zeros(1, 3, 16, 16)
 
@@ -199,6 +202,21 @@ def test_prune_a_users_own_network_and_export_it(cli, tmp_path):
         )  # fmt: skip
         assert code == 0, err
         assert json.loads(out)["format"] == format and (tmp_path / "small" / f"model.{format}").exists()
+
+
+def test_distillation_by_several_teachers_from_inputs_alone(cli, tmp_path):
+    taught = {"granularity": "channel", "recovery": {"name": "distill", "alpha": 1, "features": 0.1, "epochs": 1}}
+    content = {**OWN, "method": "magnitude", "data": "user_code:make_inputs", "recipe": taught}
+    path = recipe(tmp_path, **content, teachers=["user_code:make_model"])
+    code, out, err = cli("prune", path, "--json", "--out", "o")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["recipe"]["recovery"]["features"] == 0.1 and record["run"]["teachers"] == ["user_code:make_model"]
+    plain = {**taught, "recovery": "fine-tune"}
+    code, _, err = cli("prune", recipe(tmp_path, **{**content, "recipe": plain}, teachers=["user_code:make_model"]))
+    assert code == 2 and "'fine-tune' learns from none: take 'distill'" in err
+    code, _, err = cli("prune", recipe(tmp_path, **{**content, "recipe": plain}))
+    assert code == 2 and "needs targets, and these batches have none" in err
 
 
 def test_options_override_the_file_and_json_is_json(cli, tmp_path):

@@ -13,6 +13,7 @@ from secateur.parts.recovery.fine_tune import FineTune
 from secateur.training.data import TensorBatches
 from secateur.training.fabric import chosen_precision
 from secateur.training.loop import Trainer, accuracy, learning_rate, make_optimizer
+from secateur.training.teacher import Teacher
 
 SETTINGS = FineTune(epochs=3, lr=0.05)
 
@@ -202,7 +203,8 @@ def test_distillation_follows_the_teacher_and_leaves_it_alone():
 
     far = distance()
     teacher.train()
-    Trainer(student.train(), Distill(epochs=20, lr=0.1, alpha=1.0), teacher=teacher).run(batches(), 0, 140)
+    settings = Distill(epochs=20, lr=0.1, alpha=1.0)
+    Trainer(student.train(), settings, teacher=Teacher(settings, student, teacher)).run(batches(), 0, 140)
     assert teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert distance() < far / 2
 
@@ -211,7 +213,8 @@ def test_a_teacher_keeps_its_memory():
     student, teacher = network(0), network(1)
     teacher[0].weight.data = torch.randn(3, 3, 1, 4).permute(3, 2, 0, 1)  # a layout of its own
     before = [(p.data_ptr(), p.stride()) for p in teacher.parameters()]
-    Trainer(student, Distill(epochs=1, lr=0.1, alpha=1.0), teacher=teacher).run(batches(), 0, 2)
+    settings = Distill(epochs=1, lr=0.1, alpha=1.0)
+    Trainer(student, settings, teacher=Teacher(settings, student, teacher)).run(batches(), 0, 2)
     assert [(p.data_ptr(), p.stride()) for p in teacher.parameters()] == before
 
 

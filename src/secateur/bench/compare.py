@@ -23,6 +23,7 @@ from secateur.errors import DataNeeded, InvalidRecipe, SecateurError
 from secateur.measure.report import MINUS, Page, Point, Section, Table, tradeoff_figure
 from secateur.pruned import Pruned
 from secateur.training.loop import Evaluate, OnStep, accuracy
+from secateur.training.teacher import Teachers
 
 BASELINE = "random"
 
@@ -205,6 +206,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     loss: Loss | None = None,
     precision: Precision = "32-true",
+    teachers: Teachers = (),
     engine: str = "eager",
     on_run: OnRun | None = None,
     **slots: Any,
@@ -222,6 +224,7 @@ def compare(
         seeds: One run of each method per seed.
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
         precision: Of the recovery.
+        teachers: Of the recovery, beside `model`; see `secateur.prune`.
         engine: In which the networks are timed.
         on_run: Called before each run, for progress bars.
         **slots: Answers to a recipe's questions that hold for every method: granularity, recovery, schedule ...
@@ -257,6 +260,7 @@ def compare(
                     loss=loss,
                     on_step=on_run(name, seed) if on_run else None,
                     precision=precision,
+                    teachers=teachers,
                     seed=seed,
                     **slots,
                 )

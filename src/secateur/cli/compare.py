@@ -54,6 +54,7 @@ def command(
             seeds=range(seeds),
             loss=import_function(run.loss) if run.loss else subject["loss"],
             precision=run.precision,
+            teachers=subject["teachers"],
             on_run=on_run,
             **run.recipe,
         )

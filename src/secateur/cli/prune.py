@@ -43,6 +43,7 @@ class RunFile(Value):
         budget: One of macs, params, sparsity, bytes, latency_ms.
         seed: Controls every random choice.
         precision: Of the recovery: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
+        teachers: What makes further teachers for a recovery by distillation, each as for model.
         recipe: Slots that differ from the method's: granularity, recovery, schedule ...
     """
 
@@ -56,6 +57,7 @@ class RunFile(Value):
     budget: Budget
     seed: int = 0
     precision: Precision = "32-true"
+    teachers: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -86,6 +88,7 @@ def command(
             loss=import_function(run.loss) if run.loss else subject["loss"],
             checkpoints=_early_states(run),
             precision=run.precision,
+            teachers=subject["teachers"],
             seed=run.seed,
             on_step=on_step,
             **run.recipe,
@@ -148,7 +151,7 @@ def read_run_file(path: Path, changes: dict[str, Any] | None = None) -> RunFile:
 
 
 def subject_of(run: RunFile) -> dict[str, Any]:
-    """Return model, example inputs, training and validation batches, and a test metric if there is one."""
+    """Return model, example inputs, training and validation batches, test metric and loss if any, and teachers."""
     from secateur.tasks import find_task
     from secateur.tasks.reference import load_reference
     from secateur.tasks.zoo import is_in_zoo
@@ -157,6 +160,7 @@ def subject_of(run: RunFile) -> dict[str, Any]:
         raise InvalidRecipe("A recipe file names either a task, or a model (module:function) with data and example.")
     if run.task is None and run.network is not None:
         raise InvalidRecipe("A recipe file names a network only beside a task; model makes your own.")
+    teachers = [call_for_model(name) for name in run.teachers]
     if run.task is not None:
         own = [name for name in ("data", "example", "loss") if getattr(run, name) is not None]
         if own:
@@ -171,6 +175,7 @@ def subject_of(run: RunFile) -> dict[str, Any]:
             "validation": task.validation_batches(),
             "test": task.test_accuracy,
             "loss": task.loss,
+            "teachers": teachers,
         }
     if run.example is None and not is_in_zoo(str(run.model)):
         raise InvalidRecipe("A model needs example: a shape such as [1, 3, 224, 224], or module:function.")
@@ -186,4 +191,5 @@ def subject_of(run: RunFile) -> dict[str, Any]:
         "validation": validation,
         "test": None,
         "loss": None,
+        "teachers": teachers,
     }

@@ -1,7 +1,8 @@
 """Batches in the forms that people have, and the loss on one of them.
 
 A batch is a pair ``(inputs, target)``, or a mapping of keyword arguments (as tokenizers give). Inputs are a tensor,
-a tuple of positional arguments, or a mapping of keyword arguments.
+a tuple of positional arguments, or a mapping of keyword arguments. Without a target, a batch is a tensor, or what a
+``DataLoader`` makes of a data set of tensors: a list with one entry.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from secateur.errors import DataNeeded
 WIDEST_VECTOR = 16
 """float32 numbers in the widest vector register of a CPU."""
 
+_UNLABELED = (
+    "Scores can look at other batches (calibration=); of the recoveries, distillation with alpha=1 needs no targets."
+)
+
 Loss = Callable[[Any, Any], Tensor]
 """(model output, target) -> scalar loss, the mean over the batch."""
 
@@ -25,8 +30,14 @@ Data = Iterable[Any]
 """A collection of batches that can be iterated more than once."""
 
 
-def cross_entropy(output: Any, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy of logits; an output with ``.logits`` is accepted. The default loss."""
+def cross_entropy(output: Any, target: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy of logits; an output with ``.logits`` is accepted. The default loss.
+
+    Raises:
+        DataNeeded: There is no target.
+    """
+    if target is None:
+        raise DataNeeded(f"The task's loss needs targets, and these batches have none. {_UNLABELED}")
     return F.cross_entropy(getattr(output, "logits", output), target)
 
 
@@ -43,13 +54,22 @@ def logits_and_labels(output: Any, target: Any) -> tuple[Tensor, Tensor]:
 
 
 def own_loss(output: Any, target: Any) -> Tensor:
-    """Return the loss that the model itself has computed (``output.loss``)."""
-    loss: Tensor = output.loss
+    """Return the loss that the model itself has computed (``output.loss``).
+
+    Raises:
+        DataNeeded: It has computed none.
+    """
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise DataNeeded(f"The model has computed no loss: are there 'labels' in the batches? {_UNLABELED}")
     return loss
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return positional arguments, keyword arguments and target of a batch; a mapping is its own target."""
+    """Return positional arguments, keyword arguments and target (None if there is none) of a batch.
+
+    A mapping is its own target.
+    """
     if isinstance(batch, Mapping):
         return (), dict(batch), batch
     if isinstance(batch, tuple | list) and len(batch) == 2:
@@ -57,6 +77,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         if isinstance(inputs, Mapping):
             return (), dict(inputs), target
         return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}, target
+    if isinstance(batch, tuple | list) and len(batch) == 1 and isinstance(batch[0], Tensor):
+        batch = batch[0]
     if isinstance(batch, Tensor):
         return (batch,), {}, None
     raise DataNeeded(

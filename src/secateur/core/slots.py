@@ -164,12 +164,11 @@ class Recovery(Slot):
     """What repairs the network?"""
 
     slot = "recovery"
-    needs_teacher: ClassVar[bool] = False
     epochs: float = Field(0.0, ge=0)
     """Passes over the training data, all pruning moments together."""
 
-    def loss(self, loss: Loss, output: Any, target: Any, teacher_output: Any) -> Tensor:
-        """Return the training loss of one batch."""
+    def loss(self, loss: Loss, output: Any, target: Any, lesson: Any) -> Tensor:
+        """Return the training loss of one batch; `lesson` is what the teachers say, None if there are none."""
         return loss(output, target)
 
 

@@ -13,6 +13,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from secateur.structure.inputs import held_tensors
 
 
+def first_tensor(output: Any) -> Tensor | None:
+    """Return what a module returned if it is a tensor, or the tensor that a tuple or list begins with; else None."""
+    if type(output) in (tuple, list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
 @dataclass(eq=False)
 class ModuleCall:
     """One call of a module: it ran the operations from number `start` up to, not including, `stop`.
@@ -93,10 +100,8 @@ class History:
         call = self._inside.pop()
         call.filled = tuple(a for a in arguments if not isinstance(a, Tensor) and self._holds_since(a, call.start))
         call.stop, call.last = self.operations, len(self.calls) - 1
-        if isinstance(output, Tensor):
-            call.entries = None
-        elif type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-            call.entries = len(output)
+        if first_tensor(output) is not None:
+            call.entries = None if isinstance(output, Tensor) else len(output)
 
     def _holds_since(self, container: Any, start: int) -> bool:
         """Return whether a container or an object holds a tensor that was computed at `start` or later."""

@@ -28,7 +28,9 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
     consuming = sorted({tracer.operations[i] for i in tracer.sites})
     path = [i for i, name in enumerate(tracer.operations) if name in consuming]
     parameters = frozenset(name for name, _ in model.named_parameters())
-    axes = _axes(tensors, parameters, attributes, roles_of(tracer.uses, _stream_dims(tracer)))
+    joined = [*(addition.total for addition in residual_additions(tracer)), *joined_sums(tracer)]
+    streams = [dim for total in joined for dim in tracer.sums[total]]
+    axes = _axes(tensors, parameters, attributes, roles_of(tracer.uses, streams))
     tied = [{axis.name: r[axis.leaf] for axis in axes if axis.prunable and axis.leaf in r} for r in ties]
     return Structure(
         axes=axes,
@@ -40,6 +42,8 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
         multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,
+        outputs={name: tuple(dims) for name, dims in tracer.outputs.items() if dims is not None},
+        blocks=_blocks(tracer, joined),
         branches=_named_apart(branches, {axis.name for axis in axes}),
         order=tuple(tracer.used),
         inputs=inputs,
@@ -287,10 +291,11 @@ def _axes(
     )
 
 
-def _stream_dims(tracer: Tracer) -> list[Dim]:
-    """Return the dims of every sum of branches."""
-    totals = [*(addition.total for addition in residual_additions(tracer)), *joined_sums(tracer)]
-    return [dim for total in totals for dim in tracer.sums[total]]
+def _blocks(tracer: Tracer, joined: Iterable[int]) -> tuple[str, ...]:
+    """Return the modules in which branches are added up, in order; not the model itself."""
+    modules = (tracer.history.values[total].module for total in sorted(joined))
+    names = (module.name for module in modules if module is not None)
+    return tuple(dict.fromkeys(name for name in names if name and tracer.outputs.get(name) is not None))
 
 
 def _named_apart(branches: Iterable[Branch], axes: Collection[str]) -> tuple[Branch, ...]:

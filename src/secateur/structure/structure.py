@@ -61,6 +61,9 @@ class Structure:
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
         parameters: Names of the parameters; the other tensors are buffers.
+        outputs: The dims of what each module returns that runs once: of the tensor, or of the one that a tuple begins
+            with.
+        blocks: The modules, of those, in which residual branches are added to their stream, in order.
         branches: The residual branches.
         order: Parameters and buffers that the run used, in the order of their first use.
         inputs: The example inputs.
@@ -75,6 +78,8 @@ class Structure:
     consumers: Mapping[str, tuple[Dim, ...]]
     multiply_adds: tuple[tuple[Dim, ...], ...]
     parameters: frozenset[str]
+    outputs: Mapping[str, tuple[Dim, ...]]
+    blocks: tuple[str, ...]
     branches: tuple[Branch, ...]
     order: tuple[str, ...]
     inputs: Inputs = field(repr=False)
@@ -125,6 +130,7 @@ class Structure:
             self,
             axes=tuple(replace(a, size=leaf_of[a.name].size, leaf=leaf_of[a.name]) for a in self.axes),
             tensors=tensors,
+            outputs={name: small(dims) for name, dims in self.outputs.items()},
             attributes={attribute: shrunk(dim, sizes, done) for attribute, dim in self.attributes.items()},
             path=tuple((name, tuple(map(small_site, sites))) for name, sites in self.path),
             consumers={name: small(dims) for name, dims in self.consumers.items()},

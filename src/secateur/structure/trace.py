@@ -259,6 +259,8 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         *kwargs, output = rest  # PyTorch leaves the keyword arguments out after an exception
         tracer.modules.pop()
         tracer.history.leave((*args, *(value for given in kwargs for value in given.values())), output)
+        if module in names:
+            tracer.leave(names[module], output)
 
     with ExitStack() as stack:
         for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):

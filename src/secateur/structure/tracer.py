@@ -19,7 +19,7 @@ from secateur.errors import StructureError
 from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
-from secateur.structure.history import History
+from secateur.structure.history import History, first_tensor
 from secateur.structure.provenance import Expression
 from secateur.structure.roles import Use
 
@@ -70,6 +70,7 @@ class Tracer:
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     used: dict[str, None] = field(default_factory=dict)
+    outputs: dict[str, list[Dim] | None] = field(default_factory=dict)
     training: bool = False
     reads_data: bool = False
     orders: Iterator[int] = field(default_factory=count)
@@ -87,6 +88,7 @@ class Tracer:
             consumers=defaultdict(list),
             calls=[],
             modules=[],
+            outputs={},
             training=training,
         )
 
@@ -145,6 +147,15 @@ class Tracer:
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Record which parameters and buffers take part in the run."""
         self.used.update((self.parameter_of[t], None) for t in tensors if t in self.parameter_of)
+
+    def leave(self, module: str, output: Any) -> None:
+        """Record the dims of what a module of the model returned, if that is a tensor or a tuple that begins with one.
+
+        A module that runs several times has no output of its own.
+        """
+        first = first_tensor(output)
+        dims = None if first is None or module in self.outputs else self.dims_of.get(first)
+        self.outputs[module] = dims
 
     def read_data(self, tensors: Iterable[Tensor]) -> None:
         """Record that the model's code looks at values; what they come from decides whether its path may vary."""

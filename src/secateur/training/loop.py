@@ -24,6 +24,7 @@ from secateur.structure.inputs import aliases_of, undisturbed
 from secateur.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from secateur.training.data import TensorBatches
 from secateur.training.fabric import average_buffers, make_fabric, processes, share_data
+from secateur.training.teacher import Teacher
 
 History = list[dict[str, float]]
 """Entries with step, train_loss (mean since the last entry) and lr; validation at the start and after each epoch."""
@@ -46,7 +47,7 @@ class Trainer:
         model: Is trained in place.
         settings: Optimizer, learning rate, loss.
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
-        teacher: The unpruned network, for distillation.
+        teacher: Of the model, for distillation.
         hooks: What methods do around each step.
         precision: ``32-true``, ``bf16-mixed``, or ``auto``: mixed on hardware that has bfloat16.
     """
@@ -57,7 +58,7 @@ class Trainer:
         settings: FineTune,
         *,
         loss: Loss | None = None,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
         hooks: Sequence[Hooks] = (),
         precision: Precision = "32-true",
     ) -> None:
@@ -120,7 +121,7 @@ class Trainer:
         self._call("on_start", state)
         if evaluate is not None and progress.step == first < last and not progress.history:
             progress.history.append({"step": first, "validation": self._validate(evaluate)})
-        with _mode(self.model, training=True), _mode(self._teacher, training=False), _fast_layout(self.model):
+        with _training(self.model), _fast_layout(self.model):
             for batch in _batches(data, per_epoch, progress) if progress.step < last else ():
                 state.lr = self._set_lr(progress.step, lr_span or (first, last))
                 state.loss = self._step(batch, state)
@@ -145,12 +146,12 @@ class Trainer:
         """One optimizer step; returns the loss."""
         batch = to_model(batch, self.model)
         args, kwargs, target = split_batch(batch)
-        teacher_output = None
-        if self._teacher is not None:
-            with torch.no_grad(), self._fabric.autocast():
-                teacher_output = self._teacher(*args, **kwargs)
-        output = self._wrapped(*args, **kwargs)
-        loss = self.settings.loss(self._loss or default_loss(batch), output, target, teacher_output)
+        if self._teacher is None:
+            output, lesson = self._wrapped(*args, **kwargs), None
+        else:
+            with self._fabric.autocast():
+                output, lesson = self._teacher.teach(self._wrapped, args, kwargs)
+        loss = self.settings.loss(self._loss or default_loss(batch), output, target, lesson)
         for hook in self.hooks:
             term = hook.loss_term(state)
             loss = loss if term is None else loss + term
@@ -248,13 +249,10 @@ def _batches(data: Data, per_epoch: int, progress: Progress) -> Iterator[Any]:
 
 
 @contextmanager
-def _mode(model: nn.Module | None, training: bool) -> Iterator[None]:
-    """Set train or eval mode; restored."""
-    if model is None:
-        yield
-        return
+def _training(model: nn.Module) -> Iterator[None]:
+    """Set train mode; restored."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    model.train()
     try:
         yield
     finally:

@@ -9,15 +9,16 @@ from torch import nn
 from secateur.core.batches import Data, Loss
 from secateur.core.engine import Run
 from secateur.core.masks import Masks
-from secateur.core.recipe import Recipe
 from secateur.core.slots import Level, Precision
 from secateur.errors import DataNeeded, InvalidRecipe
 from secateur.measure.profile import count_macs
 from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.recovery.distill import Distill
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.carry import Companions
 from secateur.training.loop import Evaluate, History, OnStep, Trainer, epoch_length
+from secateur.training.teacher import Teacher, Teachers, make_teacher
 
 
 class Recoverer:
@@ -29,7 +30,7 @@ class Recoverer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: Run,
         dense: nn.Module,
         example_inputs: Any,
         data: Data | None,
@@ -38,14 +39,23 @@ class Recoverer:
         evaluate: Evaluate | None = None,
         on_step: OnStep | None = None,
         precision: Precision = "32-true",
+        teachers: Teachers = (),
     ) -> None:
         self.history: History = []
-        self._recipe, self._dense, self._inputs, self._data = recipe, dense, example_inputs, data
+        recipe = self._recipe = run.recipe
+        self._dense, self._inputs, self._data = dense, example_inputs, data
         self._loss, self._evaluate, self._on_step, self._precision = loss, evaluate, on_step, precision
         self._trainer: Trainer | None = None
         self._step = 0
         if recipe.recovery.epochs and data is None:
             raise DataNeeded(f"The recovery {recipe.recovery.name!r} trains the network: pass data=.")
+        self._teacher: Teacher | None = None
+        if isinstance(recipe.recovery, Distill):
+            self._teacher = make_teacher(recipe.recovery, run.units, dense, teachers)
+        elif isinstance(teachers, nn.Module) or len(teachers):
+            raise InvalidRecipe(
+                f"There are teachers, and the recovery {recipe.recovery.name!r} learns from none: take 'distill'."
+            )
         trains = recipe.criterion.learns or recipe.criterion.works_in_training
         if trains and not recipe.recovery.epochs:
             raise InvalidRecipe(
@@ -86,7 +96,7 @@ class Recoverer:
                 units.model,
                 settings,
                 loss=self._loss,
-                teacher=self._dense if settings.needs_teacher else None,
+                teacher=self._teacher,
                 hooks=() if run.hooks is None else (run.hooks,),
                 precision=self._precision,
             )
@@ -96,4 +106,6 @@ class Recoverer:
             self._trainer.wrap()
         if isinstance(units, WeightUnits):
             self._trainer.mask(Masks(units.model, units.masks))
+        if self._teacher is not None and isinstance(units, CutUnits):
+            self._teacher.follow(units.plan)
         return self._trainer
