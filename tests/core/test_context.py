@@ -104,6 +104,17 @@ def test_second_moments_leave_normalizations_out():
     assert moments == {"0.weight": [[5, 7], [7, 10]], "2.weight": [[0.5, 1], [1, 2]]}
 
 
+def test_second_moments_are_of_all_that_meets_a_shared_weight():
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(shared, nn.Linear(2, 2, bias=False), nn.Linear(2, 1)).double()
+    model[1].weight = shared.weight
+    with torch.no_grad():
+        shared.weight.copy_(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+    x = torch.tensor([[1.0, 3.0]], dtype=torch.float64)  # behind the first layer (6, 1)
+    context = context_of(model, x, [(x, torch.zeros(1))])
+    assert context.second_moments()["0.weight"].tolist() == [[(1 + 36) / 2, (3 + 6) / 2], [(3 + 6) / 2, (9 + 1) / 2]]
+
+
 def test_second_moments_refuse_layers_they_do_not_know():
     model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(NotApplicable, match="Conv1d cannot"):

@@ -23,6 +23,12 @@ def test_trainability_of_a_linear_model_is_known():
     assert masked.smallest < found.smallest
 
 
+def test_fewer_parameters_than_outputs_cannot_reach_every_target():
+    x, weight = torch.eye(5, 2, dtype=torch.float64), {"w": torch.ones(2, dtype=torch.float64)}
+    found = trainability(lambda p: x @ p["w"], weight, torch.ones(5, dtype=torch.float64))
+    assert found.smallest == 0 and found.rate == 0
+
+
 def test_a_wider_network_is_more_trainable():
     ratios = []
     for width in (64, 1024):

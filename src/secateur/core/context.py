@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.hooks import Hooks
-from secateur.core.layers import input_rows
+from secateur.core.layers import holders, input_rows
 from secateur.core.units import Kept, Scores, Units
 from secateur.errors import DataNeeded, InvalidRecipe
 
@@ -235,7 +235,10 @@ class Context:
     # ------------------------------------------------------------------------------------------ activations
 
     def activations(self, collect: Collect) -> None:
-        """Run all data through the model and hand each prunable layer's input and output to `collect`."""
+        """Run all data through the model and hand each prunable layer's input and output to `collect`.
+
+        Layers that share a weight come under the same name.
+        """
         handles = []
 
         def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -243,9 +246,9 @@ class Context:
 
         try:
             for name in self.units.parameters():
-                module = self.model.get_submodule(name.rpartition(".")[0])
                 if name.endswith(".weight"):
-                    handles.append(module.register_forward_hook(listener(name)))
+                    layers = holders(self.model, name)
+                    handles += [layer.register_forward_hook(listener(name)) for layer in layers]
             for batch, _ in self._batches():
                 with self.undisturbed(), torch.inference_mode():
                     self.forward(batch)

@@ -20,7 +20,7 @@ class Trainability:
     """What can be said about a network before it is trained on a target.
 
     Attributes:
-        smallest: Smallest singular value of the Jacobian of the outputs by the parameters.
+        smallest: Smallest singular value of the Jacobian of the outputs by the parameters; 0 if these are fewer.
         residual: Norm of output minus target.
         curvature: Largest change of the Jacobian per distance in the parameters, over random directions: an estimate,
             from below, of its Lipschitz constant.
@@ -80,4 +80,5 @@ def trainability(
         size = 1e-3
         moved = jacobian({n: p + size / length * step[n] for n, p in parameters.items()})
         steepest = max(steepest, float(torch.linalg.matrix_norm(moved - first, 2)) / size)
-    return Trainability(float(torch.linalg.svdvals(first)[-1]), residual, steepest)
+    smallest = float(torch.linalg.svdvals(first)[-1]) if first.shape[0] <= first.shape[1] else 0.0
+    return Trainability(smallest, residual, steepest)

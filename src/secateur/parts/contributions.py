@@ -37,8 +37,7 @@ class Contributions:
         self._weights = context.weights
         self._readers = {axis.name: _readers(units, axis) for axis in units.structure.prunable}
         self._axes = {axis.name: axis for axis in units.structure.prunable}
-        layers = {reader.name: reader.layer for found in self._readers.values() for reader in found}
-        self._moments = input_moments(context, layers)
+        self._moments = input_moments(context, {r.name for found in self._readers.values() for r in found})
 
     def gram(self, axis: str) -> Tensor:
         """Return G of an axis, each reader's in units of E|W x|², the power of its output: shape (units, units)."""

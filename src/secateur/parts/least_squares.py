@@ -8,7 +8,7 @@ The best affine map from x to y, which minimizes E|A x + b - y|², needs nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.context import Context
-from secateur.core.layers import input_rows
+from secateur.core.layers import holders, input_rows
 
 
 class Moments:
@@ -64,12 +64,13 @@ class Moments:
         self.covariance = means["second"] - self.mean[:, :, None] * self.mean[:, None, :]
 
 
-def input_moments(context: Context, layers: Mapping[str, nn.Module]) -> dict[str, Moments]:
-    """Return the moments of what layers read, by name, in one pass over the data; those that never run are left out.
+def input_moments(context: Context, weights: Iterable[str]) -> dict[str, Moments]:
+    """Return the moments of what weights meet, by name, in one pass over the data; those that never run are left out.
 
     Args:
         context: Gives the data.
-        layers: Linear or two-dimensional convolutional layers of its model, by any name.
+        weights: Names of weights of linear or two-dimensional convolutional layers of its model; what several layers
+            with the same weight read counts together.
     """
     found: dict[str, Moments] = {}
 
@@ -80,8 +81,9 @@ def input_moments(context: Context, layers: Mapping[str, nn.Module]) -> dict[str
         return listen
 
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(listener(name)).remove)
+        for name in weights:
+            for layer in holders(context.model, name):
+                stack.callback(layer.register_forward_pre_hook(listener(name)).remove)
         for batch in context.batches():
             with context.undisturbed(), torch.inference_mode():
                 context.forward(batch)

@@ -46,9 +46,9 @@ class LeastSquares(Repair):
             DataNeeded: There are no data.
         """
         columns = kept_columns(channel_units(context.units, "Least-squares compensation"), kept)
-        layers = {name: context.model.get_submodule(name.rpartition(".")[0]) for name in columns}
-        for name, moments in input_moments(context, layers).items():
-            compensate(layers[name], moments, columns[name], self.ridge)
+        for name, moments in input_moments(context, columns).items():
+            layer = context.model.get_submodule(name.rpartition(".")[0])
+            compensate(layer, moments, columns[name], self.ridge)
 
 
 def compensate(layer: Any, moments: Moments, stay: Tensor, ridge: float) -> None:
