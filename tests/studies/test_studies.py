@@ -6,16 +6,19 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from secateur.errors import UnknownName
 from secateur.measure.report import lines_figure
+from secateur.measure.safe_sparsity import safe_sparsity
 from secateur.parts.mean_field import chi
 from secateur.studies import STUDIES, find_study
 from secateur.studies.edge_of_chaos import relu_correlation, travel
 from secateur.studies.pruned_fraction import Setting, train
+from secateur.studies.safe_sparsity import ClassNeurons, train_multilayer
 from secateur.studies.study import Claim, Exhibit, Findings, Study
 from secateur.studies.wide_prior import mean_gram, solve
 
@@ -43,6 +46,30 @@ def test_a_signal_that_no_neuron_sees_is_not_learned():
     dense, gone = train(small, 1.0, 0), train(small, 1e-9, 0)
     assert dense.survivors == 1 and dense.train_loss < 0.01 and dense.test_accuracy > 0.9
     assert gone.survivors == 0 and gone.test_loss == pytest.approx(math.log(2)) == gone.train_loss
+
+
+def test_the_theorys_network_as_a_module_and_its_safe_density():
+    setting = Setting(inputs=300)
+    net, (x, labels) = ClassNeurons(setting), setting.draw(40, torch.Generator().manual_seed(0))
+    together = torch.cat([neurons.weight for neurons in net.classes])
+    assert torch.allclose(net(x), setting.logits(together, x))
+    for layer in safe_sparsity(net, [(x, labels)], draws=2).layers:
+        assert layer.signals == 4 and layer.density == pytest.approx(1 - (0.0125 / 4) ** (1 / 40), abs=1e-6)
+
+
+def test_the_network_for_digits_needs_its_weights(monkeypatch):
+    from secateur.studies import safe_sparsity
+
+    labels = torch.arange(200) % 10
+    split = SimpleNamespace(inputs=torch.eye(576)[labels].view(-1, 1, 24, 24), targets=labels)
+    task = SimpleNamespace(splits=SimpleNamespace(train=split, test=split))
+    monkeypatch.setattr(safe_sparsity, "find_task", lambda name: task)
+    monkeypatch.setattr(safe_sparsity, "STEPS", 40)
+    names = ("1.weight", "3.weight", "5.weight")
+    loss, accuracy = train_multilayer(dict.fromkeys(names, 2.0), 0)
+    assert loss < 0.5 and accuracy == 1
+    loss, accuracy = train_multilayer(dict.fromkeys(names, 0.0), 0)
+    assert accuracy == pytest.approx(0.1) and loss == pytest.approx(math.log(10), abs=0.1)
 
 
 def test_wide_networks_are_solved_and_narrow_ones_are_not(monkeypatch):

@@ -116,6 +116,16 @@ def call_for_model(reference: str) -> nn.Module:
     return cast("nn.Module", model)
 
 
+def data_of(reference: str | None) -> tuple[Any, Any]:
+    """Return training and validation batches from the function ``module:function``; None for what there is not.
+
+    Raises:
+        InvalidRecipe: It fails, or returns nothing.
+    """
+    data = call_object(reference) if reference is not None else None
+    return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+
+
 def inputs_for(reference: str, model: nn.Module, shape: str | None, example: str | None) -> Any:
     """Return example inputs for a network from `call_for_model`.
 

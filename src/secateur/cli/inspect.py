@@ -30,11 +30,29 @@ def command(
     why: Annotated[str | None, typer.Option(help="Explain this tensor or axis: what it is tied to, and where.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a drawing of the network to this HTML file.")] = None,
     every: Annotated[bool, typer.Option("--all", help="List every axis: do not fold repeated blocks.")] = False,
+    safe_sparsity: Annotated[
+        bool, typer.Option(help="Estimate instead how much may be pruned at random before signals are cut off.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="module:function that returns labelled batches, for --safe-sparsity.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the masks of --safe-sparsity.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show the axes of a network: role, size, members, shares of the cost; what is frozen and why."""
     from secateur.cli import explanation
+    from secateur.errors import InvalidRecipe
 
+    if safe_sparsity:
+        from secateur.cli import signals
+
+        if every or any(option is not None for option in (shape, example, why, report)):
+            raise InvalidRecipe("--safe-sparsity takes --data, --seed and --json only: its inputs are the data's.")
+        _check_named(model)
+        signals.show(model, data, seed, as_json)
+        return
+    if data is not None:
+        raise InvalidRecipe("Only --safe-sparsity looks at data: add it, or leave --data out.")
     network, inputs = _model_and_inputs(model, shape, example)
     structure, error = _analyzed(network, inputs)
     if report is not None:
@@ -57,16 +75,22 @@ def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tup
     from secateur.errors import InvalidRecipe
     from secateur.tasks import find_task
 
-    if ":" not in model and "/" in model:
+    _check_named(model)
+    if ":" not in model:
         task_name, _, network = model.partition("/")
         if shape is not None or example is not None:
             raise InvalidRecipe(f"{model!r} has inputs of its own: leave --shape and --example out.")
         task = find_task(task_name)
         return task.build(network), torch.zeros(1, 1, task.size, task.size)
-    if ":" not in model:
-        raise InvalidRecipe(f"{model!r} is neither module:function nor TASK/NETWORK, such as digits/resnet8.")
     made = call_for_model(model)
     return made, inputs_for(model, made, shape, example)
+
+
+def _check_named(model: str) -> None:
+    from secateur.errors import InvalidRecipe
+
+    if ":" not in model and "/" not in model:
+        raise InvalidRecipe(f"{model!r} is neither module:function nor TASK/NETWORK, such as digits/resnet8.")
 
 
 def _analyzed(network: nn.Module, inputs: Any) -> tuple[Structure, float | None]:

@@ -12,9 +12,9 @@ from pydantic import Field
 from secateur.cli.common import (
     JsonOption,
     call_for_model,
-    call_object,
     check_folder,
     console,
+    data_of,
     import_function,
     inputs_for,
     print_json,
@@ -179,8 +179,7 @@ def subject_of(run: RunFile) -> dict[str, Any]:
         }
     if run.example is None and not is_in_zoo(str(run.model)):
         raise InvalidRecipe("A model needs example: a shape such as [1, 3, 224, 224], or module:function.")
-    data = call_object(run.data) if run.data is not None else None
-    train, validation = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    train, validation = data_of(run.data)
     written = ",".join(map(str, run.example)) if isinstance(run.example, tuple) else run.example
     is_function = written is not None and ":" in written
     model = call_for_model(str(run.model))
