@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.coverage.table import PEERS, VERDICT_HEAD, failure, markdown_table, shares, verdicts
 
 import secateur as sc
-from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
+from secateur.bench.benchmarks import SANITY, Benchmark, benchmark_names, find_benchmark
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
 from secateur.bench.site.entries import budget_words
 from secateur.bench.statistics import Interval, interval
@@ -109,28 +109,49 @@ def records_table(method: str) -> str:
 def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     rows = [row for row in summarize(store.read(benchmark.name)[0], benchmark) if row.official and row.value]
     values = {(row.arm, row.granularity, row.budget): percent(row.value) for row in rows}
+    own = [row for row in rows if row.role == "method" and benchmark.arm(row.arm).method == method]
+    controls = [control for control in CONTROLS if any(control in row.against for row in own)]
+    compared = [control for control in ("random", "scratch-b") if control in controls]
     lines = [
         (
             f"{row.granularity}, {budget_words(row.budget)}",
-            *(values.get((arm, row.granularity, row.budget), "") for arm in (method, *CONTROLS)),
-            *(_difference(row, control) for control in ("random", "scratch-b")),
+            f"`{row.arm}`",
+            percent(row.value),
+            *(values.get((control, row.granularity, row.budget), "") for control in controls),
+            *(_difference(row, control) for control in compared),
         )
-        for row in rows
-        if row.arm == method and row.role == "method"
+        for row in own
     ]
     if not lines:
         return ""
-    head = ("units and budget", f"`{method}` (%)", *(f"{c} (%)" for c in CONTROLS), "minus random", "minus scratch-b")
+    head = ("units and budget", "arm", f"{benchmark.metric} (%)", *(f"{c} (%)" for c in controls))
+    head += tuple(f"minus {c}" for c in compared)
     dense = next((f" The dense network has {percent(row.value)} %." for row in rows if row.role == "dense"), "")
     words = (
         f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same "
         f"recovery for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
     )
-    own = [row for row in rows if row.arm == method and row.role == "method"]
-    return "\n\n".join(filter(None, (words, markdown_table(head, lines), _against_random(own, len(benchmark.seeds)))))
+    parts = (
+        words,
+        markdown_table(head, lines),
+        _against_random(own, method, len(benchmark.seeds)),
+        _sanity(own, values),
+    )
+    return "\n\n".join(filter(None, parts))
 
 
-def _against_random(rows: list[Row], seeds: int) -> str:
+def _sanity(rows: list[Row], values: dict[tuple[str, str, str], str]) -> str:
+    """Return what is left of an arm when its mask is shuffled within layers, and when it gets new weights."""
+    lines = [
+        (f"`{row.arm}`, {budget_words(row.budget)}", percent(row.value), *checks)
+        for row in rows
+        if all(checks := [values.get((f"{row.arm}+{check}", row.granularity, row.budget), "") for check in SANITY])
+    ]
+    head = ("sanity checks", "as it is (%)", "mask shuffled within layers (%)", "new weights under the mask (%)")
+    return markdown_table(head, lines) if lines else ""
+
+
+def _against_random(rows: list[Row], method: str, seeds: int) -> str:
     """Return in words at which budgets a method beats random pruning."""
     words = {
         "better": "Better than random pruning at",
@@ -140,7 +161,7 @@ def _against_random(rows: list[Row], seeds: int) -> str:
     parts = []
     for verdict, said in words.items():
         where = [
-            f"{row.granularity}, {budget_words(row.budget)}"
+            f"{row.granularity}, {budget_words(row.budget)}" + (f" (`{row.arm}`)" if row.arm != method else "")
             for row in rows
             if "random" in row.against and row.against["random"].verdict == verdict
         ]

@@ -128,6 +128,20 @@ def test_a_ladder_may_say_which_tensors_are_pruned(tmp_path):
     assert Recipe(**run.recipe).scope.include == ("*",)
 
 
+def test_variants_are_methods_with_other_answers_and_only_some_methods_take_part(tmp_path):
+    variants = {"force": {"method": "snip", "slots": {"criterion": {"name": "snip", "force": 3}}}}
+    benchmark = read_benchmark(write(tmp_path, {"variants": variants, "only": ["magnitude", "snip"]}))
+    runs = [run for run in plan(benchmark, "0" * 16, seeds=[0]) if run.role == "method"]
+    assert {run.arm for run in runs} == {"magnitude", "snip", "force"}
+    assert {(run.method, run.granularity) for run in runs if run.arm == "force"} == {("snip", "weight")}
+    force = next(Recipe(**run.recipe) for run in runs if run.arm == "force")
+    snip = next(Recipe(**run.recipe) for run in runs if run.arm == "snip")
+    assert force.criterion.force == 3 and force.but(criterion=snip.criterion) == snip
+    for wrong in ({"only": ["snipp"]}, {"variants": {"force": {"method": "snipp"}}}):
+        with pytest.raises(UnknownName, match="snipp"):
+            plan(read_benchmark(write(tmp_path, wrong)), "0" * 16)
+
+
 def test_sanity_checks_of_a_method_are_controls_with_its_own_mask(tmp_path):
     content = yaml.safe_load(find_file().read_text())
     content["ladders"][1]["sanity"] = [content["ladders"][1]["budgets"][-1]]

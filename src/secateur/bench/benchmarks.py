@@ -67,20 +67,28 @@ class Ladder(Value):
         return sanity
 
 
-class Control(Value):
-    """What every method is compared with.
+class Variant(Value):
+    """A method with other answers, under a name of its own.
 
     Attributes:
-        method: The method that finds the mask.
+        method: The method.
         slots: Answers that differ from the method's.
-        compute: What the epochs of a network with new weights are counted in (Scratch-E, Scratch-B).
         granularities: For which ladders; default: all that the method has.
     """
 
     method: str
     slots: dict[str, Any] = Field(default_factory=dict)
-    compute: Literal["epochs", "dense epochs"] = "epochs"
     granularities: tuple[str, ...] | None = None
+
+
+class Control(Variant):
+    """What every method is compared with.
+
+    Attributes:
+        compute: What the epochs of a network with new weights are counted in (Scratch-E, Scratch-B).
+    """
+
+    compute: Literal["epochs", "dense epochs"] = "epochs"
 
 
 class Official(Value):
@@ -117,6 +125,8 @@ class Benchmark(Value):
         official: What counts as official.
         ladders: Budgets.
         controls: What methods are compared with, by name.
+        variants: Methods with other answers, by names of their own.
+        only: The methods that take part as they are; default: all that have units of one of the ladders.
         reported: Figures of papers for the same setting.
     """
 
@@ -135,6 +145,8 @@ class Benchmark(Value):
     official: Official
     ladders: tuple[Ladder, ...] = Field(min_length=1)
     controls: dict[str, Control]
+    variants: dict[str, Variant] = Field(default_factory=dict)
+    only: tuple[str, ...] | None = None
     reported: tuple[Reported, ...] = ()
 
     @field_validator("seeds")
@@ -145,7 +157,14 @@ class Benchmark(Value):
         return seeds
 
     def methods(self) -> tuple[str, ...]:
-        """Return the names of all methods that have units of one of the ladders and are no control."""
+        """Return the names of the methods that take part and are no control, then those of the variants."""
+        return (*(self._all_methods() if self.only is None else self.only), *self.variants)
+
+    def arm(self, name: str) -> Variant:
+        """Return what a method, a variant or a control is."""
+        return self.controls.get(name) or self.variants.get(name) or Variant(method=name)
+
+    def _all_methods(self) -> tuple[str, ...]:
         wanted = {ladder.granularity.name for ladder in self.ladders}
         cards = registry.cards()
         controls = {control.method for name, control in self.controls.items() if name == control.method}
@@ -289,11 +308,10 @@ def _applies(benchmark: Benchmark, ladder: Ladder, arm: str, budget: Budget) -> 
 
 def _pruning(benchmark: Benchmark, arm: str, recipe: Recipe, budget: Budget) -> dict[str, Any]:
     base, _, check = arm.partition("+")
-    control = benchmark.controls.get(base)
     return {
-        "role": "control" if control or check else "method",
+        "role": "control" if base in benchmark.controls or check else "method",
         "arm": arm,
-        "method": control.method if control else base,
+        "method": benchmark.arm(base).method,
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": recipe.hash,
         "budget": budget.model_dump(mode="json", exclude_defaults=True),
@@ -307,18 +325,18 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     A network that starts from scratch gets the dense network's training, every other one the ladder's recovery.
     """
     base, _, check = arm.partition("+")
-    control = benchmark.controls.get(base, Control(method=base))
-    allowed = control.granularities or registry.cards()[control.method].granularity
-    if ladder.granularity.name not in allowed:
+    what = benchmark.arm(base)
+    recipe = method(what.method).recipe.but(**what.slots)
+    if ladder.granularity.name not in (what.granularities or registry.cards()[what.method].granularity):
         return None
-    recipe = method(control.method).recipe.but(**control.slots)
     if check == "shuffled":
         recipe = recipe.but(allocation=Shuffled(of=recipe.allocation))
     if check == "fresh":
         recipe = recipe.but(weights_from="fresh")
     recovery = ladder.recovery
     if recipe.from_scratch:
-        recovery = benchmark.training.model_copy(update={"compute": control.compute})
+        compute = what.compute if isinstance(what, Control) else "epochs"
+        recovery = benchmark.training.model_copy(update={"compute": compute})
     return recipe.but(granularity=ladder.granularity, recovery=recovery, scope=ladder.scope)
 
 

@@ -138,7 +138,7 @@ def slots_of(recipe: Recipe) -> dict[str, str]:
 
 
 def _method_page(card: Card, slots: dict[str, str], boards: Iterable[Board]) -> str:
-    lines = [(board, line) for board in boards for line in board.entries if line["arm"] == card.name and line["value"]]
+    lines = [(board, line) for board in boards for line in board.entries if line["page"] == card.name and line["value"]]
     return _render(
         "method.html.j2",
         "../",

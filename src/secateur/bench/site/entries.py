@@ -53,13 +53,13 @@ def command(run: Run, every_seed: bool = False) -> str:
 def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Mapping[str, str]) -> dict[str, Any]:
     """Return one line of a benchmark's table and one point of its plot; percentages, milliseconds, multiples."""
     some = (*row.records, *row.failures)[0]
-    card = cards.get(row.arm)
+    card = cards.get(some.run.method if row.role == "method" and some.run.method else row.arm)
     return {
         "arm": row.arm,
         "role": row.role,
         "words": CONTROL_WORDS.get(row.arm, card.summary if card else ""),
         "paradigm": "control" if row.role != "method" or card is None else card.paradigm,
-        "page": row.arm in cards,
+        "page": card.name if card else "",
         "units": row.granularity,
         "data": card.data if card is not None else "none",
         "recovery": recovery_words(some.run),
