@@ -189,6 +189,34 @@ def oracle_table() -> str:
     return f"{markdown_table(('axis', *splits), rows)}\n\n{machine(record)}"
 
 
+def skipping_table() -> str:
+    """Return the time of one image in networks that compute a part of their channels, relative to dense ones."""
+    record = read("benchmarks/skipping.json")
+    rows = []
+    for network, case in record["cases"].items():
+        for density, relative in case["relative"].items():
+            faster = relative * case["dense_ms"] / case["onnxruntime_ms"]
+            rows.append((network, density, f"{case['macs'][density]:.2f}", f"{relative:.2f}", f"{faster:.2f}"))
+    head = ("network", "density", "MACs of this image", "time / dense", "time / dense in ONNX Runtime")
+    return f"{markdown_table(head, rows)}\n\n{machine(record)}"
+
+
+def fbs_table() -> str:
+    """Return the accuracy of channels chosen per input beside channels that are removed, at the same MACs."""
+    record = read("benchmarks/fbs_on_digits.json")
+    rows = [
+        (
+            arm["label"],
+            percent(interval(arm["test_accuracy"])),
+            f"{max(arm['macs_at_most']):.3f}",
+            f"{interval(arm['macs_on_average']).mean:.3f}",
+        )
+        for arm in record["arms"]
+    ]
+    table = markdown_table(("method", "test accuracy (%)", "MACs at most", "MACs on average"), rows)
+    return f"{table}\n\nThe dense network has {100 * record['dense']:.2f} %. {machine(record)}"
+
+
 def coverage_table() -> str:
     """Return how many networks of each library pass each stage, beside Torch-Pruning, and which fail and why."""
     record = read("coverage/rows.json")
@@ -233,6 +261,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "records": records_table,
     "benchmarks": benchmark_lines,
     "coverage": coverage_table,
+    "skipping": skipping_table,
+    "fbs": fbs_table,
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from secateur.core.recipe import Recipe
 from secateur.core.units import Units
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NothingPrunable
 from secateur.measure.profile import Profile, profile
+from secateur.parts.granularity.channel_per_input import GatedUnits
 from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.pruned import Pruned
@@ -77,7 +78,7 @@ class Job:
         return Pruned(
             model=model.eval(),
             masks=units.masks if isinstance(units, WeightUnits) else {},
-            structure_plan=structured.finish(model) if structured else Plan(),
+            structure_plan=_plan(units, model),
             before=self.before,
             after=after,
             recipe=self.recipe,
@@ -93,15 +94,21 @@ class Job:
     def _check_cost(self, units: Units, after: Profile) -> None:
         """Compare what was predicted with what is counted: a network that only should be small is no success."""
         kind = self.budget.kind
-        if kind in ("sparsity", "latency_ms") or not isinstance(units, CutUnits):
+        if kind in ("sparsity", "latency_ms") or not isinstance(units, CutUnits | GatedUnits):
             return
         allowed = self.budget.target(getattr(self.before, kind)) * (1 + self.budget.tolerance)
-        found = getattr(after, kind)
+        found = after.effective_macs if isinstance(units, GatedUnits) else getattr(after, kind)
         if found > allowed * (1 + ROUNDING):
             raise BudgetUnreachable(
                 f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: some operation costs "
                 "more than the analysis says. Ask for another kind of budget (params, macs, bytes), and report this."
             )
+
+
+def _plan(units: Units, model: nn.Module) -> Plan:
+    if isinstance(units, CutUnits):
+        return units.finish(model)
+    return units.plan if isinstance(units, GatedUnits) else Plan()
 
 
 def make_job(

@@ -38,7 +38,8 @@ class Pruned:
     Attributes:
         model: The pruned network, an ordinary module of the original class, in eval mode.
         masks: For unstructured pruning: which weights are kept, by parameter name; empty otherwise.
-        structure_plan: For structured pruning: what remains of the original network; empty otherwise.
+        structure_plan: For structured pruning: what remains of the original network; for channels per input: where its
+            gates stand; empty otherwise.
         before: What the original network costs.
         after: What the pruned network costs.
         recipe: What was done.
@@ -67,7 +68,9 @@ class Pruned:
 
     @cached_property
     def effective(self) -> Effective | None:
-        """What has an effect in the pruned network; None if its axes cannot be proved."""
+        """What has an effect in the pruned network; None if its axes cannot be proved, or each input has its own."""
+        if self.structure_plan.gated:
+            return None
         try:
             return effective(self.model, self.inputs)
         except StructureError:
@@ -127,6 +130,7 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         training_figure,
         weights_section,
         widths_section,
+        winners_section,
     )
 
     before, after = pruned.before, pruned.after
@@ -134,6 +138,8 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
     if pruned.structure is not None:
         section = depth_section if pruned.structure_plan.dropped else widths_section
         sections.append(section(pruned.structure, pruned.structure_plan))
+    elif pruned.structure_plan.gated:
+        sections.append(winners_section(pruned.structure_plan, pruned.model))
     else:
         sections.append(weights_section(pruned.masks, pruned.effective, pruned.collapsed))
     if pruned.history:
@@ -145,6 +151,9 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         what = f"{change(before.macs, after.macs)} MACs, {change(before.params, after.params)} parameters"
         error = max(proof.max_error for proof in pruned.proofs)
         tile = Tile(f"{error:.0e}", "largest relative difference between cut and masked network")
+    elif pruned.structure_plan.gated:
+        what = f"each input takes {change(before.macs, after.effective_macs)} MACs or fewer"
+        tile = Tile(count(after.effective_macs), "MACs that an input takes at most")
     else:
         what = f"{100 * (1 - after.nonzero_params / after.params):.1f} % of the weights are zero"
         what += ", LAYER COLLAPSE" if pruned.collapsed else ""

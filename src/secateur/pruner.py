@@ -19,8 +19,9 @@ from secateur.core.learning import Learning
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Recovery
-from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, PlanMismatch
+from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NotApplicable, PlanMismatch
 from secateur.job import Job, make_job
+from secateur.parts.granularity.channel_per_input import ChannelPerInput, GatedUnits
 from secateur.parts.granularity.cut import CutUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.parts.recovery.distill import Distill
@@ -71,6 +72,7 @@ class Pruner:
         BudgetUnreachable: The budget cannot be met; says what can.
         NothingPrunable: No unit may be removed.
         PlanMismatch: A copy is not like the model.
+        NotApplicable: Copies, where channels are chosen for each input.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -108,6 +110,7 @@ class Pruner:
         self._job = make_job(model, example_inputs, example_kwargs, budget, method, slots, seed)
         _check_recovery(self._job)
         self._companions = Companions(_checked_optimizers(optimizers, model), _checked_copies(copies, model))
+        _check_copies_can_follow(self._job, self._companions)
         self._mask_handles: list[RemovableHandle] = []
         self._teachers: list[Teacher] = []
         with torch.random.fork_rng():
@@ -217,7 +220,7 @@ class Pruner:
             "recipe": self._job.recipe.hash,
             "steps": self.steps,
             "rounds": [asdict(done) for done in self.rounds],
-            "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits) else None,
+            "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits | GatedUnits) else None,
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
             "scores": dict(self._run.scores),
             "init": self._run.initial,
@@ -237,7 +240,7 @@ class Pruner:
                 "optimizers and a Pruner with the same settings, then load."
             )
         kept: dict[str, Tensor] = dict(state["masks"])
-        if state["rounds"] and isinstance(units, CutUnits):
+        if state["rounds"] and isinstance(units, CutUnits | GatedUnits):
             kept = units.kept_in(parse_plan(state["plan"]))
         if state["rounds"] and ({g: m.shape for g, m in kept.items()} != dict(units.shapes) or not units.keep(kept)):
             raise PlanMismatch("This state is of another model: its units are not those of this one.")
@@ -295,6 +298,14 @@ def _check_recovery(job: Job) -> None:
         raise InvalidRecipe(
             f"A Pruner trains nothing: your own loop is the recovery. The recipe has {job.recipe.recovery.name!r}; "
             "pass recovery='none'. (Pruner.teacher distills in your loop.)"
+        )
+
+
+def _check_copies_can_follow(job: Job, companions: Companions) -> None:
+    if companions.copies and isinstance(job.recipe.granularity, ChannelPerInput):
+        raise NotApplicable(
+            "Copies of the model cannot follow it where channels are chosen for each input: gates are trained, too. "
+            "Make copies from the model once the Pruner was made, and do not pass them."
         )
 
 

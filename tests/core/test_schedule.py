@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from secateur.core.schedule import Cubic, Iterative, OneShot
+from secateur.core.schedule import Cubic, Iterative, Linear, OneShot
 from secateur.errors import InvalidRecipe
 
 
@@ -32,13 +32,20 @@ def test_cubic_follows_the_formula():
     assert midpoint == pytest.approx(0.2 + 0.8 / 8)  # at half time an eighth of the way is left
 
 
-def test_cubic_must_end_after_it_starts():
-    with pytest.raises(InvalidRecipe, match="must end after it starts"):
-        Cubic(start=0.5, end=0.5)
+def test_linear_removes_the_same_amount_each_time_and_ends_exactly():
+    levels = Linear(steps=5, start=0.2, end=0.6).levels(0.5)
+    assert [level.keep for level in levels] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5]) and levels[-1].keep == 0.5
+    assert [level.at for level in levels] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("gradual", [Cubic, Linear])
+def test_gradual_schedules_must_end_after_they_start(gradual):
+    with pytest.raises(InvalidRecipe, match=f"{gradual.name} schedule must end after it starts"):
+        gradual(start=0.5, end=0.5)
 
 
 def test_schedules_are_monotone():
-    for schedule in (Iterative(steps=7), Cubic(steps=9)):
+    for schedule in (Iterative(steps=7), Cubic(steps=9), Linear(steps=4)):
         keeps = [1.0, *(level.keep for level in schedule.levels(0.1))]
         assert all(a > b for a, b in pairwise(keeps))
 

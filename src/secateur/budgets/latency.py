@@ -18,8 +18,8 @@ from secateur.structure.surgery import cut_copy
 def latency_cost(units: Units) -> Cost:
     """Return the median time of one call of the example inputs, in milliseconds (PyTorch eager)."""
     raise NotApplicable(
-        f"A latency budget needs units that are removed physically; {type(units).__name__} only zeroes weights, "
-        "and zeros are as slow as other numbers. Use granularity='channel'."
+        f"A latency budget needs units that are removed physically; {type(units).__name__} keeps all weights, and "
+        "zeros are as slow as other numbers. Use granularity='channel'."
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import singledispatch
 
 from secateur.core.units import Cost, LinearCost, Units
 from secateur.errors import NotApplicable
+from secateur.measure.conditional import Wiring
 from secateur.measure.profile import count_macs
 from secateur.parts.granularity.channel import ChannelUnits
+from secateur.parts.granularity.channel_per_input import GatedUnits
 from secateur.parts.granularity.depth import DepthUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.structure.cost import ProductCost
@@ -35,3 +38,20 @@ def _(units: WeightUnits) -> Cost:
     per_unit = {name: counted.by_parameter.get(name, 0) / shape.numel() for name, shape in units.shapes.items()}
     inside = sum(counted.by_parameter.get(name, 0) for name in units.shapes)
     return LinearCost(per_unit, fixed=counted.total - inside)
+
+
+@macs_cost.register
+def _(units: GatedUnits) -> Cost:
+    counted, wiring = count_macs(units.model, units.inputs), Wiring(units.model, units.inputs)
+    whole = {path: gate.convolution.out_channels for path, gate in units.gates.items()}
+    of_predictors = sum(counted.by_parameter[f"{path}.saliency.weight"] for path in whole)
+
+    def cost(counts: Mapping[str, int]) -> float:
+        """Return what any input takes at most; the network in which all channels win is the one without gates."""
+        winners = {**whole, **counts}
+        if winners == whole:
+            return counted.total - of_predictors
+        shares = wiring.shares(winners).items()
+        return counted.total - sum(counted.by_parameter[name] * (1 - share) for name, share in shares)
+
+    return cost

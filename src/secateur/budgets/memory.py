@@ -16,7 +16,7 @@ from secateur.structure.inputs import state_of
 def bytes_cost(units: Units) -> Cost:
     """Return the size of the tensors that are left."""
     raise NotApplicable(
-        f"A budget in bytes needs units that are removed physically; {type(units).__name__} only zeroes weights. "
+        f"A budget in bytes needs units that are removed physically; {type(units).__name__} keeps all weights stored. "
         "Use granularity='channel', or a budget in sparsity or params."
     )
 

@@ -107,6 +107,9 @@ def command(
         return
     before, after = pruned.before, pruned.after
     console.print(f"MACs        {before.macs:>14,} -> {after.macs:,} ({after.macs / before.macs:.3f})")
+    if pruned.structure_plan.gated:
+        share = after.effective_macs / before.macs
+        console.print(f"per input   {before.macs:>14,} -> {after.effective_macs:,} at most ({share:.3f})")
     console.print(f"parameters  {before.params:>14,} -> {after.params:,} ({after.params / before.params:.3f})")
     if after.params == before.params:
         console.print(f"non-zero    {before.nonzero_params:>14,} -> {after.nonzero_params:,}")

@@ -52,8 +52,8 @@ class Iterative(Schedule):
         return tuple(Level(self.span * i / n, keep if i == n - 1 else keep ** ((i + 1) / n)) for i in range(n))
 
 
-class Cubic(Schedule):
-    """Gradual pruning: fast at first, slower towards the end (Zhu & Gupta, arXiv 1710.01878, eq. 1).
+class Gradual(Schedule):
+    """The sparsity rises to its end along a polynomial, at equal distances: 1 - keep = s_f (1 - (1 - t)^power).
 
     Attributes:
         steps: Number of pruning moments.
@@ -61,8 +61,9 @@ class Cubic(Schedule):
         end: Where the last one is; the rest of the recovery trains the final network.
     """
 
-    name = "cubic"
     restarts: ClassVar[bool] = False
+    power: ClassVar[int] = 1
+    """Of the polynomial."""
     steps: int = Field(10, ge=2)
     start: float = Field(0.0, ge=0, lt=1)
     end: float = Field(0.75, gt=0, lt=1)
@@ -70,15 +71,30 @@ class Cubic(Schedule):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.end <= self.start:
-            raise InvalidRecipe(f"A cubic schedule must end after it starts; got start={self.start}, end={self.end}.")
+            raise InvalidRecipe(
+                f"A {self.name} schedule must end after it starts; got start={self.start}, end={self.end}."
+            )
         return self
 
     def levels(self, keep: float) -> tuple[Level, ...]:
-        """Return 1 - s with s(t) = s_f - s_f (1 - t)^3 for t = 1/n, ..., 1."""
+        """Return 1 - s with s(t) = s_f - s_f (1 - t)^power for t = 1/n, ..., 1."""
         levels = []
         for i in range(self.steps):
             progress = (i + 1) / self.steps
             at = self.start + (self.end - self.start) * i / (self.steps - 1)
-            sparsity = (1 - keep) * (1 - (1 - progress) ** 3)
+            sparsity = (1 - keep) * (1 - (1 - progress) ** self.power)
             levels.append(Level(at, keep if i == self.steps - 1 else 1 - sparsity))
         return tuple(levels)
+
+
+class Cubic(Gradual):
+    """Gradual pruning: fast at first, slower towards the end (Zhu & Gupta, arXiv 1710.01878, eq. 1)."""
+
+    name = "cubic"
+    power: ClassVar[int] = 3
+
+
+class Linear(Gradual):
+    """The same amount at each moment."""
+
+    name = "linear"

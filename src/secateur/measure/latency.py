@@ -17,13 +17,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from secateur.deploy import onnx
 from secateur.errors import InvalidInputs, UnknownName
 from secateur.optional import optional_import
-from secateur.structure.inputs import Inputs, as_inputs, undisturbed
+from secateur.structure.inputs import Inputs, as_inputs, undisturbed, with_batch
 
 Call = Callable[[], object]
 
@@ -98,7 +97,7 @@ def compare_latency(
         if value is not None and value < 1:
             raise InvalidInputs(f"{name} must be at least 1; got {value}.")
     threads = threads or torch.get_num_threads()
-    inputs = _with_batch(as_inputs(example_inputs), batch)
+    inputs = with_batch(as_inputs(example_inputs), batch)
     with ExitStack() as stack:
         calls = {name: stack.enter_context(_ENGINES[engine](model, inputs, threads)) for name, model in models.items()}
         times = _time_in_turn(calls)
@@ -118,19 +117,6 @@ def available_engines() -> tuple[str, ...]:
 
     needs = {"eager": (), "onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
     return tuple(engine for engine, modules in needs.items() if all(find_spec(m) for m in modules))
-
-
-def _with_batch(inputs: Inputs, batch: int | None) -> Inputs:
-    """Return inputs with `batch` samples, repeating those there are."""
-    if batch is None:
-        return inputs
-    present = inputs.tensors()[0].shape[0]
-    index = torch.arange(batch) % present
-
-    def resize(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == present else value
-
-    return Inputs(tree_map(resize, inputs.args), tree_map(resize, dict(inputs.kwargs)))
 
 
 def _time_in_turn(calls: Mapping[str, Call]) -> dict[str, list[float]]:

@@ -2,19 +2,24 @@
 
 One MAC is one multiply-add (2 FLOPs). Counted are matrix products, convolutions and attention, as PyTorch's own
 FLOP counter does; biases, normalization, activations and pooling are not. Dense MACs are what a dense engine
-executes, effective MACs leave out the products with weights that are zero.
+executes, effective MACs leave out the products with weights that are zero, and those with channels that a network
+with gates does not compute for an input (at least so many).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import InvalidInputs
+from secateur.measure.conditional import shares_taken
+from secateur.structure.gated import gates_of
 from secateur.structure.inputs import Inputs, as_inputs, call_with_state, state_of, undisturbed
 from secateur.structure.operations import bind, operation_name
 from secateur.structure.weightless import KnownValues, weightless
@@ -28,7 +33,8 @@ class Profile:
         params: Number of parameters.
         nonzero_params: Number of those that are not zero.
         macs: Multiply-adds of one call with the example inputs (all samples of the batch together).
-        effective_macs: The same without products with zero weights.
+        effective_macs: The same without products with zero weights; where channels are chosen for each input, the most
+            that any input takes.
         bytes: Size of parameters and buffers.
     """
 
@@ -63,12 +69,15 @@ def profile(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, 
     counted = count_macs(model, example_inputs, example_kwargs)
     parameters = dict(model.named_parameters())
     nonzero = {name: p.numel() if p.is_meta else int(p.count_nonzero()) for name, p in parameters.items()}
-    zero_macs = sum(macs * (1 - nonzero[n] / parameters[n].numel()) for n, macs in counted.by_parameter.items())
+    taken = {name: nonzero[name] / parameters[name].numel() for name in counted.by_parameter}
+    for name, share in shares_taken(model, as_inputs(example_inputs, example_kwargs)).items():
+        taken[name] *= share
+    saved = sum(macs * (1 - taken[name]) for name, macs in counted.by_parameter.items())
     return Profile(
         params=sum(p.numel() for p in parameters.values()),
         nonzero_params=sum(nonzero.values()),
         macs=counted.total,
-        effective_macs=round(counted.total - zero_macs),
+        effective_macs=round(counted.total - saved),
         bytes=sum(t.numel() * t.element_size() for t in state_of(model).values()),
     )
 
@@ -87,6 +96,34 @@ def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[st
     except InvalidInputs:
         state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in tensors.items()}
         return _count(model, state, inputs)
+
+
+def macs_per_sample(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    """Return the multiply-adds that each sample of a batch takes: different ones where channels are chosen for each.
+
+    Counted are the channels that are not zero, in eval mode, and the predictions of which those are.
+
+    Returns:
+        Of shape (samples,), float64.
+    """
+    inputs = as_inputs(example_inputs, example_kwargs)
+    counted, samples = count_macs(model, inputs), len(inputs.tensors()[0])
+    macs = torch.full((samples,), counted.total / samples, dtype=torch.float64)
+
+    def count(path: str) -> Any:
+        whole = counted.by_parameter[f"{path}.convolution.weight"] / samples
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            read, computed = ((x != 0).flatten(2).any(2).double().mean(1).cpu() for x in (args[0], output))
+            macs.sub_(whole * (1 - read * computed))
+
+        return after
+
+    with undisturbed(model), ExitStack() as stack:
+        for path, gate in gates_of(model).items():
+            stack.callback(gate.register_forward_hook(count(path)).remove)
+        model(*inputs.args, **inputs.kwargs)
+    return macs
 
 
 def _count(model: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> MacCount:

@@ -17,9 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secateur.atomic import written_atomically
 from secateur.environment import environment
+from secateur.structure.gated import gates_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from secateur.measure.effective import Effective
     from secateur.measure.similarity import Similarity
@@ -319,6 +320,22 @@ def depth_section(structure: Structure, plan: Plan) -> Section:
         gone = any(path in dropped for path, _ in branch.modules)
         rows.append((branch.name, count(branch.macs), "dropped" if gone else branch.reason or "kept"))
     return Section("Residual branches", table=Table(("branch", "MACs", ""), rows, text_columns=(0, 2)))
+
+
+def winners_section(plan: Plan, model: nn.Module) -> Section:
+    """Return the section on how many channels each gated convolution computes for an input."""
+    gates = gates_of(model)
+    rows = []
+    for gate in plan.gated:
+        channels = gates[gate.convolution].convolution.out_channels
+        share = f"{100 * gate.winners / channels:.1f} %"
+        rows.append((gate.convolution, f"{channels:,}", f"{gate.winners:,}", share))
+    return Section(
+        "Channels per input",
+        table=Table(("layer", "channels", "computed", "density"), rows),
+        caption="Which channels are computed depends on the input. On one sample the others are skipped; in a batch "
+        "all are computed, and those that do not belong to a sample are set to zero.",
+    )
 
 
 def similarity_section(similarity: Similarity) -> Section:

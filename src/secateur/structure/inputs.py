@@ -73,6 +73,19 @@ def redrawn(inputs: Inputs, seed: int) -> Inputs:
     return Inputs(tree_map(draw, inputs.args), tree_map(draw, dict(inputs.kwargs)))
 
 
+def with_batch(inputs: Inputs, batch: int | None) -> Inputs:
+    """Return inputs with `batch` samples, repeating those there are; the same if it is None."""
+    if batch is None:
+        return inputs
+    present = inputs.tensors()[0].shape[0]
+    index = torch.arange(batch) % present
+
+    def resize(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == present else value
+
+    return Inputs(tree_map(resize, inputs.args), tree_map(resize, dict(inputs.kwargs)))
+
+
 def shuffled(tensor: Tensor, seed: int) -> Tensor:
     """Return the entries of a tensor in a random order that depends on the seed."""
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(seed))

@@ -65,6 +65,21 @@ class ModuleDrop(BaseModel):
     entries: int | None
 
 
+class ConvolutionGate(BaseModel):
+    """A convolution that computes, for each input, only the channels that matter for it (`structure.gated`).
+
+    Attributes:
+        convolution: The convolution's path; the gated one stands there.
+        norm: The path of the batch normalization that has become a part of it; an identity stands there.
+        winners: How many channels are computed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    convolution: str
+    norm: str
+    winners: int
+
+
 class Plan(BaseModel):
     """What remains of a model; only tensors, axes and modules that the cut touches are listed.
 
@@ -73,6 +88,7 @@ class Plan(BaseModel):
         tensors: The parameters and buffers that become smaller.
         attributes: The integers that follow.
         dropped: The modules whose results are no longer computed.
+        gated: The convolutions that choose their channels for each input.
         note: What the model's configuration cannot express, in words that are written into it; empty if nothing.
     """
 
@@ -81,6 +97,7 @@ class Plan(BaseModel):
     tensors: dict[str, TensorCut] = {}
     attributes: tuple[AttributeChange, ...] = ()
     dropped: tuple[ModuleDrop, ...] = ()
+    gated: tuple[ConvolutionGate, ...] = ()
     note: str = ""
 
     def indices(self, tensor: str) -> tuple[Tensor | None, ...]:

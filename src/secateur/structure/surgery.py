@@ -18,8 +18,17 @@ from secateur.errors import PlanMismatch
 from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.dropped import Dropped
+from secateur.structure.gated import GatedConv2d
 from secateur.structure.inputs import aliases_of, state_of
-from secateur.structure.plan import AttributeChange, AxisCut, ModuleDrop, Plan, TensorCut, expression_of_dim
+from secateur.structure.plan import (
+    AttributeChange,
+    AxisCut,
+    ConvolutionGate,
+    ModuleDrop,
+    Plan,
+    TensorCut,
+    expression_of_dim,
+)
 from secateur.structure.provenance import Attribute, read_attribute, write_attribute
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.weightless import weightless
@@ -98,7 +107,20 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         write_attribute(model, Attribute(change.module, change.name, change.index), change.after)
     _repair_layers(model)
     close_attention(model)
+    for gate in plan.gated:
+        gate_convolution(model, gate)
     write_note(model, plan)
+
+
+def gate_convolution(model: nn.Module, gate: ConvolutionGate) -> GatedConv2d:
+    """Put a gated convolution in the place of a convolution and its normalization, and return it; mutates `model`."""
+    convolution, norm = model.get_submodule(gate.convolution), model.get_submodule(gate.norm)
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    gated = GatedConv2d(convolution, norm)
+    gated.winners = gate.winners
+    replace_module(model, gate.convolution, gated)
+    replace_module(model, gate.norm, nn.Identity())
+    return gated
 
 
 def write_note(model: nn.Module, plan: Plan) -> None:
@@ -189,6 +211,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 f"The plan does not fit this model: it drops the module {drop.module!r}, and there is none. "
                 "Pass the constructor of the network that was pruned, with the same settings."
             )
+    _check_gates(model, plan)
     for change in plan.attributes:
         attribute = Attribute(change.module, change.name, change.index)
         try:
@@ -198,6 +221,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         if found_value != change.before:
             raise PlanMismatch(
                 f"The plan does not fit this model: it expects {attribute} = {change.before}, got {found_value}. "
+                "Pass the constructor of the network that was pruned, with the same settings."
+            )
+
+
+def _check_gates(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    expected = {gate.convolution: nn.Conv2d for gate in plan.gated} | {gate.norm: nn.BatchNorm2d for gate in plan.gated}
+    for path, kind in expected.items():
+        if not isinstance(modules.get(path), kind):
+            got = type(modules[path]).__name__ if path in modules else "no such module"
+            raise PlanMismatch(
+                f"The plan does not fit this model: it gates {path!r} and expects a {kind.__name__}, got {got}. "
                 "Pass the constructor of the network that was pruned, with the same settings."
             )
 
