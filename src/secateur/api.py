@@ -12,6 +12,7 @@ from torch import nn
 from secateur.core import engine
 from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
+from secateur.core.randomness import seed_for
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
 from secateur.deploy import Artifact, safetensors
@@ -83,7 +84,7 @@ def prune(  # the one call that ties everything together, so it has many options
     job = make_job(model, example_inputs, example_kwargs, budget, method, slots, seed)
     join_processes(model)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_for("prune", seed))
         for_scores = calibration if calibration is not None else data
         run = job.start(copied(model), for_scores, loss, checkpoints)
         recoverer = Recoverer(

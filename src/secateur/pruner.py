@@ -17,6 +17,7 @@ from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
 from secateur.core.learning import Learning
 from secateur.core.masks import Masks
+from secateur.core.randomness import seed_for
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Recovery
 from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NotApplicable, PlanMismatch
@@ -114,7 +115,7 @@ class Pruner:
         self._mask_handles: list[RemovableHandle] = []
         self._teachers: list[Teacher] = []
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed_for("prune", seed))
             self._run = self._job.start(model, data, loss, checkpoints)
         if isinstance(self._run.units, CutUnits):
             self._run.units.companions = self._companions
@@ -153,7 +154,7 @@ class Pruner:
         while (level := self._run.next_level) is not None and self.steps >= level.at * self.total_steps:
             self._learning.end()
             with torch.random.fork_rng():
-                torch.manual_seed(self._job.seed + self.steps)
+                torch.manual_seed(seed_for(f"prune at step {self.steps}", self._job.seed))
                 happened = self._run.prune()
             if self._job.recipe.weights_from != "same":
                 self._restart_companions()

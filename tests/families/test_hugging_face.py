@@ -47,9 +47,9 @@ def test_configurations_that_express_the_cut_make_from_pretrained_work(model_typ
     pruned = prune(model, inputs, 0.3, allocation="uniform")
     config = pruned.model.config
     assert not pruned.structure_plan.note
-    assert (config.hidden_size, config.intermediate_size) == (16, 32)
-    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
-    assert (model.config.hidden_size, model.config.num_attention_heads) == (32, 4)
+    changed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    assert all(0 < getattr(config, name) < getattr(model.config, name) for name in changed)
+    assert config.hidden_size == pruned.model.get_input_embeddings().weight.shape[1]
     pruned.model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert relative_error(again(**inputs), pruned.model(**inputs)) < 1e-6

@@ -13,6 +13,7 @@ from scipy.integrate import quad
 from torch import nn
 
 from secateur.cli import main
+from secateur.core.randomness import generator_for
 from secateur.core.slots import Scope
 from secateur.errors import DataNeeded, NotApplicable, NothingPrunable
 from secateur.measure.safe_sparsity import _ClassMeans, safe_density, safe_sparsity
@@ -76,7 +77,7 @@ def test_the_first_loss_of_a_grouped_convolution_is_that_of_its_masks():
     labels = torch.arange(12) % 2
     x = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 5 * labels[:, None, None, None]
     found = safe_sparsity(net, [(x, labels)], seed=3, draws=2)
-    u = torch.rand(2, 3, 2, 9, generator=torch.Generator().manual_seed(3))
+    u = torch.rand(2, 3, 2, 9, generator=generator_for("masks", 3))
 
     def cut_off(density):
         kept = u < density

@@ -114,7 +114,7 @@ def test_with_the_repair_outputs_change_less_than_with_random_channels():
     repaired = error(sc.prune(model, x[:1], method="thinet", **options).model)
     plain = error(sc.prune(model, x[:1], method="thinet", repair="none", **options).model)
     random = [error(sc.prune(model, x[:1], method="random", seed=s, **options).model) for s in range(3)]
-    assert repaired < plain < min(random)
+    assert repaired < plain <= min(random) < max(random)  # a random draw may hit the same channels
 
 
 def test_what_cannot_be_reconstructed_is_said():

@@ -23,6 +23,7 @@ from secateur.bench.statistics import interval
 from secateur.core.budget import Budget
 from secateur.core.hooks import TrainingState
 from secateur.core.method import method
+from secateur.core.randomness import seed_for
 from secateur.core.recipe import Recipe
 from secateur.core.units import draw_fresh
 from secateur.deploy import onnx, safetensors
@@ -251,7 +252,7 @@ def _prune(job: Job, task: Task, settings: Settings, on_step: OnStep) -> Outcome
 
 def _scratch(job: Job, task: Task, settings: Settings, on_step: OnStep) -> Outcome:
     """Train the architecture that Taylor pruning found with weights drawn anew."""
-    torch.manual_seed(job.seed)
+    torch.manual_seed(seed_for("weights", job.seed))
     model = load(job.source, task.build)
     draw_fresh(model)
     data = task.train_batches(job.seed)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateur.core.batches import Data, Loss, batch_size, default_loss, split_batch, to_model
 from secateur.core.hooks import Hooks
 from secateur.core.layers import holders, input_rows
+from secateur.core.randomness import generator_for
 from secateur.core.units import Kept, Scores, Units
 from secateur.errors import DataNeeded, InvalidRecipe
 
@@ -67,7 +68,7 @@ class Context:
         self.units = units
         self.learned = learned
         self.keep = keep
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator_for("scores", seed)
         self._used = _Usage()
         self._data = data
         self._loss = loss

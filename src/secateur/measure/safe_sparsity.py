@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from secateur.core.batches import Data, logits_and_labels, split_batch, to_model
 from secateur.core.layers import is_transposed
+from secateur.core.randomness import generator_for
 from secateur.core.slots import Scope
 from secateur.errors import DataNeeded, InvalidInputs, NotApplicable, NothingPrunable, SecateurError
 from secateur.structure.inputs import undisturbed
@@ -153,7 +154,7 @@ def safe_sparsity(
     readers = {name: reader for name, reader in readers.items() if reader.signals}
     if not readers:
         raise NotApplicable("No layer reads anything that differs between the classes. Give more samples, or train it.")
-    risk, generator = 1 - confidence, torch.Generator().manual_seed(seed)
+    risk, generator = 1 - confidence, generator_for("masks", seed)
     density = {name: safe_density(reader.fans(), risk / len(readers)) for name, reader in readers.items()}
     uniform = safe_density([fan for reader in readers.values() for fan in reader.fans()], risk)
     drawn = [{n: reader.first_loss(generator) for n, reader in readers.items()} for _ in range(draws)]

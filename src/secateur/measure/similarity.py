@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.batches import Data, batch_size, split_batch, to_model
+from secateur.core.randomness import generator_for
 from secateur.errors import DataNeeded, InvalidInputs, NotApplicable, UnknownName
 from secateur.structure.inputs import undisturbed
 
@@ -134,7 +135,7 @@ def _remembering(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any])
 def _sketched(see: Callable[[Any], dict[str, _Seen]], batches: Sequence[Any], sketch: Sketch) -> Kernels:
     if sketch.rows % sketch.entries:
         raise InvalidInputs(f"The entries of a sketch must divide its rows; got {sketch.entries} and {sketch.rows}.")
-    generator = torch.Generator().manual_seed(sketch.seed)
+    generator = generator_for("sketch", sketch.seed)
     sums: dict[str, list[Tensor]] = {}
     for batch in batches:
         project = _projection(batch_size(batch), sketch, generator)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.randomness import generator_for
+
 
 @dataclass(frozen=True)
 class Trainability:
@@ -60,7 +62,7 @@ def trainability(
         directions: Random directions in which the change of the Jacobian is measured.
         seed: Draws them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for("directions", seed)
 
     def jacobian(at: Mapping[str, Tensor]) -> Tensor:
         found = torch.func.jacrev(outputs)(dict(at))

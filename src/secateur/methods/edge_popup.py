@@ -18,6 +18,7 @@ from secateur.core.context import Context
 from secateur.core.engine import Run
 from secateur.core.hooks import Hooks, TrainingState
 from secateur.core.method import Method
+from secateur.core.randomness import generator_for, seed_for
 from secateur.core.recipe import Recipe
 from secateur.core.schedule import OneShot
 from secateur.core.slots import Criterion
@@ -65,7 +66,7 @@ class Popup(Hooks):
 
     def __init__(self, settings: EdgePopup, run: Run) -> None:
         self._settings, self._run = settings, run
-        self._generator = torch.Generator().manual_seed(run.seed)
+        self._generator = generator_for("popup", run.seed)
         self.scores = {name: self._drawn_score(weight) for name, weight in run.units.parameters().items()}
         self._momenta = {name: torch.zeros_like(score) for name, score in self.scores.items()}
         self._weights: dict[str, Tensor] = {}
@@ -107,7 +108,7 @@ class Popup(Hooks):
         run, init = self._run, self._settings.init
         if init != "given":
             with torch.random.fork_rng():
-                torch.manual_seed(run.seed)
+                torch.manual_seed(seed_for("weights", run.seed))
                 run.units.redraw()  # biases and normalizations too: nothing of a training may be left
             kept = self._kept()
             for name, weight in run.units.parameters().items():

@@ -18,6 +18,7 @@ from secateur.core.context import Context
 from secateur.core.engine import Run
 from secateur.core.hooks import Hooks, TrainingState
 from secateur.core.method import Method
+from secateur.core.randomness import generator_for
 from secateur.core.recipe import Recipe
 from secateur.core.schedule import OneShot
 from secateur.core.slots import Criterion
@@ -74,7 +75,7 @@ class _DrawnMasks(Hooks):
         self.masks: Scores = {}
         self._places = WeightFactors(run.units)
         self._masked = ExitStack()
-        self._generator = torch.Generator().manual_seed(run.seed)
+        self._generator = generator_for("masks", run.seed)
 
     def on_start(self, state: TrainingState) -> None:
         if self.run.next_level is None:

@@ -22,6 +22,7 @@ from secateur.core.context import Context
 from secateur.core.engine import Run
 from secateur.core.hooks import Hooks, TrainingState
 from secateur.core.method import Method
+from secateur.core.randomness import generator_for
 from secateur.core.recipe import Recipe
 from secateur.core.schedule import OneShot
 from secateur.core.slots import Criterion
@@ -90,7 +91,7 @@ class _LearnedScores(Hooks):
     def __init__(self, run: Run, settings: Movement) -> None:
         self.run, self.settings = run, settings
         self._places = WeightFactors(run.units) if isinstance(run.units, WeightUnits) else Gates(run.units)
-        self._generator = torch.Generator().manual_seed(run.seed)
+        self._generator = generator_for("masks", run.seed)
         self._masked = ExitStack()
         self.scores: Scores = {}
         self.factors: Scores = {}

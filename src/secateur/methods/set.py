@@ -15,6 +15,7 @@ import torch
 from secateur.core.engine import Run
 from secateur.core.hooks import TrainingState
 from secateur.core.method import Method
+from secateur.core.randomness import generator_for
 from secateur.core.recipe import Recipe
 from secateur.parts.allocation.erdos_renyi import ER
 from secateur.parts.prune_and_grow import Exchange, PruneAndGrow
@@ -33,7 +34,7 @@ class SET(PruneAndGrow):
 class _RandomGrowth(Exchange):
     def __init__(self, run: Run, settings: SET) -> None:
         super().__init__(run, settings)
-        self._generator = torch.Generator().manual_seed(run.seed)
+        self._generator = generator_for("growth", run.seed)
 
     def after_step(self, state: TrainingState) -> None:
         if self.due(state):

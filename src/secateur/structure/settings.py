@@ -58,7 +58,8 @@ class Settings:
         stated = self.origins.stated(structure, plan)
         changes = self.origins.changes(stated, structure, plan)
         changes = changes if write_harmlessly(small, structure.inputs, changes) else ()
-        rebuilt = _rebuilt(type(small), copy.deepcopy(getattr(small, FIELD)))
+        config = copy.deepcopy(getattr(small, FIELD))
+        rebuilt = _rebuilt(type(small), config) if _accepts_itself(config) else None
         fits = rebuilt is not None and _shapes(rebuilt) == _shapes(small)
         expressed = fits and rebuilt is not None and self._computes_alike(rebuilt, small, plan)
         if fits and not expressed:
@@ -123,6 +124,15 @@ def _rebuilt(kind: type[nn.Module], config: Any) -> nn.Module | None:
             return kind(config)
     except Exception:  # any constructor may be asked here, and may refuse in its own way
         return None
+
+
+def _accepts_itself(config: Any) -> bool:
+    """Return whether a configuration that knows rules for its fields finds them kept; it could not be loaded else."""
+    try:
+        getattr(config, "validate", lambda: None)()
+    except Exception:  # any rule may fail in its own way
+        return False
+    return True
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

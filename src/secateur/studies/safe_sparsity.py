@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.masks import Masks
+from secateur.core.randomness import generator_for
 from secateur.measure.report import Table, lines_figure
 from secateur.measure.safe_sparsity import SafeSparsity, safe_sparsity
 from secateur.studies.pruned_fraction import Setting, train
@@ -77,7 +78,7 @@ def run(seed: int, progress: OnProgress) -> Findings:
     setting, train_split = Setting(), find_task("digits").splits.train
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        batch = setting.draw(setting.samples, torch.Generator().manual_seed(seed))
+        batch = setting.draw(setting.samples, generator_for("data", seed))
         ours = safe_sparsity(multilayer(), [(train_split.inputs, train_split.targets)], seed=seed)
         theirs = safe_sparsity(ClassNeurons(setting), [batch], seed=seed)
         found: dict[str, dict[float, list[tuple[float, float]]]] = {"the theory's network": {}, "digits": {}}
