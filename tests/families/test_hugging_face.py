@@ -44,7 +44,9 @@ def test_generation_with_caches_agrees_with_generation_without(model_type):
 @pytest.mark.parametrize("model_type", UNIFORM)
 def test_configurations_that_express_the_cut_make_from_pretrained_work(model_type, tmp_path):
     model, inputs = build(model_type)
-    pruned = prune(model, inputs, 0.3, allocation="uniform")
+    granularity = {"name": "channel", "round_to": 4}  # some configurations want a multiple of the number of heads
+    budget = sc.Budget(macs=0.3)
+    pruned = sc.prune(model, inputs, granularity=granularity, budget=budget, allocation="uniform")
     config = pruned.model.config
     assert not pruned.structure_plan.note
     changed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

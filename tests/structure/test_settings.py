@@ -112,6 +112,21 @@ def test_a_configuration_states_uniform_widths_and_builds_the_network():
     assert config == Config() and model.remembered == 16
 
 
+class Strict(Config):
+    """Knows a rule for its fields, as loaders check it."""
+
+    def validate(self):
+        if self.width % 4:
+            raise ValueError("width must be a multiple of 4")
+
+
+def test_a_configuration_that_breaks_its_own_rules_cannot_express_the_cut():
+    small, plan = cut(Net(Strict()), X, **{"embed": 10, "up.0": 20, "up.1": 20})
+    assert "cannot express it" in plan.note and NOTE in vars(small.config)
+    small, plan = cut(Net(Strict()), X, **{"embed": 8, "up.0": 20, "up.1": 20})
+    assert not plan.note and small.config.width == 8
+
+
 def test_places_in_tuples_are_fields_of_their_own():
     small, plan = cut(Net(Config()), X, **{"tail.0": 5})
     assert small.config.steps == (5, 12) and not plan.note
