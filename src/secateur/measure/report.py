@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+import struct
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,6 +235,26 @@ def lines_figure(
         figure.update_xaxes(type="log", dtick="D2", tickformat="~g")  # 10, 20, 50, 100 rather than every digit
     figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power")
     return _div(figure)
+
+
+def pictures_figure(rows: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Return rows of pictures, each row and each picture with a caption; pictures are (3, height, width) in [0, 1]."""
+    encoded = {row: {caption: _png(picture) for caption, picture in own.items()} for row, own in rows.items()}
+    return templates().get_template("pictures.html.j2").render(rows=encoded)
+
+
+def _png(picture: Tensor) -> str:
+    """Return a picture as a PNG file in base64."""
+    pixels = (255 * picture.detach().clamp(0, 1)).round().byte().permute(1, 2, 0).contiguous()
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + row.numpy().tobytes() for row in pixels)  # 0: no filter
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, red green blue
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
 
 
 _GRID: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}

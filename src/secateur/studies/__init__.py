@@ -10,7 +10,7 @@ from secateur.errors import UnknownName
 if TYPE_CHECKING:
     from secateur.studies.study import Study
 
-STUDIES = ("edge-of-chaos", "pruned-fraction", "safe-sparsity", "wide-prior")
+STUDIES = ("edge-of-chaos", "image-restoration", "pruned-fraction", "safe-sparsity", "wide-prior")
 
 
 def find_study(name: str) -> Study:
