@@ -66,7 +66,7 @@ def prune(  # the one call that ties everything together, so it has many options
             distillation: their probabilities and its own are averaged. They are never changed.
         seed: Controls every random choice.
         **slots: Other answers to a recipe's questions: criterion, scope, mask_from, weights_from, granularity,
-            allocation, schedule, recovery; each as a name, a mapping with a name and settings, or a value.
+            allocation, schedule, repair, recovery; each as a name, a mapping with a name and settings, or a value.
 
     Raises:
         InvalidRecipe: An unknown slot or setting.

@@ -140,7 +140,8 @@ class Pruner:
         """Count one training step, and prune if the schedule says so; mutates model, optimizers and copies.
 
         A moment at the share ``at`` of the schedule comes with the first call that makes ``steps >= at * total_steps``;
-        the moment at 0 comes with the first call.
+        the moment at 0 comes with the first call. With ``mask_from="early-bird"`` it comes with the first call after
+        which the mask has settled, if that is earlier.
 
         Returns:
             What happened, if it was a pruning moment; None otherwise.
@@ -151,7 +152,9 @@ class Pruner:
         self.steps += 1
         self._learning.step(self.steps)
         happened = None
-        while (level := self._run.next_level) is not None and self.steps >= level.at * self.total_steps:
+        while (level := self._run.next_level) is not None and (
+            self.steps >= level.at * self.total_steps or self._learning.settled
+        ):
             self._learning.end()
             with torch.random.fork_rng():
                 torch.manual_seed(seed_for(f"prune at step {self.steps}", self._job.seed))
@@ -225,7 +228,7 @@ class Pruner:
             "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
             "scores": dict(self._run.scores),
             "init": self._run.initial,
-            "learned": {} if self._run.hooks is None else self._run.hooks.state_dict(),
+            "learned": [hooks.state_dict() for hooks in self._run.around_steps],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,8 +256,8 @@ class Pruner:
         self._inform_teachers()
         self._learning.end()
         self._learning.start(self.steps)
-        if self._run.hooks is not None:
-            self._run.hooks.load_state_dict(state["learned"])
+        for hooks, learned in zip(self._run.around_steps, state["learned"], strict=True):
+            hooks.load_state_dict(learned)
 
     def _hold_masks(self) -> None:
         """Zero the masked weights now and after every optimizer step."""

@@ -274,7 +274,7 @@ def _prune(run: Run, task: Task, dense: nn.Module, facts: dict[str, Any], on_ste
 
 def _early_states(run: Run, task: Task, recipe: Recipe, facts: dict[str, Any]) -> dict[str | int, dict[str, Tensor]]:
     """Return the weights that the dense reference had at the moments that the recipe names."""
-    wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
+    wanted = recipe.checkpoints
     if wanted and run.reference == "pretrained":
         raise MissingCheckpoint(
             f"Nobody knows the weights that the pretrained {run.network!r} had at {wanted.pop()!r}."

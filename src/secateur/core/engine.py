@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.core.batches import Data, Loss
 from secateur.core.budget import Budget
 from secateur.core.context import Context
+from secateur.core.early_bird import EarlyBird, Watch
 from secateur.core.hooks import Hooks
 from secateur.core.recipe import Recipe
 from secateur.core.select import fewest, select
@@ -62,6 +63,7 @@ class Run:
         rounds: What happened at those that are over.
         scores: Those of the last one, of the units that are left.
         hooks: What the criterion does around training steps, if anything.
+        watch: Ends a stretch of training when the mask has settled, if the recipe wants an early bird.
         initial: The weights that the run began with, if they are the recipe's ``init``; else empty.
 
     Raises:
@@ -93,7 +95,7 @@ class Run:
         self._costed: tuple[Mapping[str, torch.Size], Cost] = (dict(units.shapes), cost_of(units))
         self._dense, self._target = _target(units, live, budget, self._cost)
         self.levels = recipe.schedule.levels(self._target / self._dense)
-        wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
+        wanted = recipe.checkpoints
         begins = _begins_at_init(recipe, self.levels) and "init" in wanted - (checkpoints or {}).keys()
         self.initial = _copied_state(units) if begins else {}
         self._checkpoints = checkpoints or {}
@@ -111,7 +113,14 @@ class Run:
                 f"The allocation {recipe.allocation.name!r} brings back units that earlier cuts have set to zero. Take "
                 "weights_from='init' or 'fresh', or a schedule with one cut."
             )
+        if isinstance(recipe.mask_from, EarlyBird) and self.levels[-1].at == 0:
+            raise InvalidRecipe(
+                "An early bird is a mask that settles in training, and all cuts of this schedule come before any: give "
+                "one that cuts later, for example {'name': 'one-shot', 'at': 0.5}."
+            )
         self.hooks: Hooks | None = recipe.criterion.hooks(self)
+        early = recipe.mask_from
+        self.watch: Watch | None = Watch(early, self._preview) if isinstance(early, EarlyBird) else None
 
     @property
     def _cost(self) -> Cost:
@@ -120,6 +129,11 @@ class Run:
         if self._costed[0] != shapes:
             self._costed = (shapes, self._cost_of(self.units))
         return self._costed[1]
+
+    @property
+    def around_steps(self) -> tuple[Hooks, ...]:
+        """All that is to be called around training steps."""
+        return tuple(hooks for hooks in (self.hooks, self.watch) if hooks is not None)
 
     @property
     def next_level(self) -> Level | None:
@@ -142,6 +156,11 @@ class Run:
         self.rounds.append(Round(level.keep, self._cost(counts), counts, context.samples_used))
         return self.rounds[-1]
 
+    def _preview(self) -> Kept | None:
+        """Return the units that the next cut would keep now; None after the last one."""
+        level = self.next_level
+        return None if level is None else self.choose(self.recipe.criterion.score(self._context(level)), level.keep)
+
     def choose(self, scores: Scores, keep: float | None = None) -> Kept:
         """Return the units that a cut by these scores would keep now; nothing is cut.
 
@@ -162,9 +181,9 @@ class Run:
         return Context(self.units, self._data, self._loss, seed, self.hooks, level.keep, self.choose)
 
     @contextmanager
-    def _weights_of(self, source: str | int) -> Iterator[None]:
+    def _weights_of(self, source: str | int | EarlyBird) -> Iterator[None]:
         """Score on the weights of another moment; the live ones come back afterwards."""
-        if source == "end":
+        if source == "end" or isinstance(source, EarlyBird):
             yield
             return
         live = _copied_state(self.units)

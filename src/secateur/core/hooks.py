@@ -22,6 +22,7 @@ class TrainingState:
         first_step: Number at which it began.
         loss: Loss of the present batch, detached.
         lr: Present learning rate.
+        stop: Set by hooks that want the stretch to end here.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class TrainingState:
     first_step: int = 0
     loss: float = float("nan")
     lr: float = float("nan")
+    stop: bool = False
 
     @property
     def progress(self) -> float:

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
 
 from secateur.core import schedule as _stock_schedules  # noqa: F401 (registers their names)
+from secateur.core.early_bird import EarlyBird
 from secateur.core.slots import Allocation, Criterion, Granularity, Recovery, Repair, Schedule, Scope, Slot
 from secateur.core.value import Value
 
-MaskSource = Literal["end", "init"] | NonNegativeInt
-"""``end``: the weights as they are when pruning happens; ``init`` or a step: a checkpoint that was kept."""
+MaskSource = Annotated[Literal["end", "init"] | NonNegativeInt | EarlyBird, BeforeValidator(EarlyBird.parse)]
+"""``end``: the weights as they are when pruning happens; ``init`` or a step: a checkpoint that was kept;
+``early-bird``, or a mapping with that name and settings: the weights as they are when the mask has settled."""
 
 WeightSource = Literal["same", "init", "fresh"] | NonNegativeInt
 """``same``: whatever is live; ``init`` or a step: rewound; ``fresh``: drawn anew (Scratch)."""
@@ -60,6 +62,12 @@ class Recipe(Value):
     def from_scratch(self) -> bool:
         """Whether the pruned network owes nothing to the trained weights, and so needs a whole training."""
         return self.weights_from != "same" or self.criterion.from_scratch
+
+    @property
+    def checkpoints(self) -> set[str | int]:
+        """The moments, other than those of the run itself, whose weights are needed: ``init``, or steps."""
+        own = {"end", "same", "fresh"}
+        return {m for m in (self.mask_from, self.weights_from) if not isinstance(m, EarlyBird) and m not in own}
 
     @property
     def hash(self) -> str:

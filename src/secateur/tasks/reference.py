@@ -134,8 +134,7 @@ def early_states(
         recipe: Its `mask_from` and `weights_from` say which moments.
         facts: The record of its training: ``seed``, ``training`` and, if it is not the task's, ``precision``.
     """
-    wanted = {recipe.mask_from, recipe.weights_from} - {"end", "same", "fresh"}
-    settings = FineTune.parse(facts["training"]) if wanted else None
+    settings = FineTune.parse(facts["training"]) if recipe.checkpoints else None
     precision = facts.get("precision")
     return {
         key: early_state(
@@ -146,7 +145,7 @@ def early_states(
             step=0 if key == "init" else int(key),
             precision=precision,
         )
-        for key in wanted
+        for key in recipe.checkpoints
     }
 
 

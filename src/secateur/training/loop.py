@@ -97,6 +97,8 @@ class Trainer:
     ) -> History:
         """Train from step `first` to step `last` and return the history; a step number stands for a place in the data.
 
+        Hooks may end it earlier (`TrainingState.stop`); the last entry of the history says at which step.
+
         Args:
             data: Batches; must have a length.
             first: Number of steps done before.
@@ -129,14 +131,15 @@ class Trainer:
                 progress.step = state.step
                 if on_step is not None:
                     on_step(state)
-                finished = progress.step % per_epoch == 0 or progress.step == last
+                done = progress.step == last or state.stop
+                finished = progress.step % per_epoch == 0 or done
                 if finished or progress.step % log_every == 0:
                     self._log(progress, state, evaluate if finished else None)
                 if checkpoint is not None and (
                     finished or (checkpoint_every and progress.step % checkpoint_every == 0)
                 ):
                     save_checkpoint(checkpoint, self.model, self.optimizer, progress, this_run)
-                if progress.step == last:
+                if done:
                     break
         average_buffers(self.model)
         self._call("on_end", state)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from secateur.core.batches import Data, Loss
+from secateur.core.early_bird import EarlyBird
 from secateur.core.engine import Run
 from secateur.core.masks import Masks
 from secateur.core.slots import Level, Precision
@@ -56,11 +57,13 @@ class Recoverer:
             raise InvalidRecipe(
                 f"There are teachers, and the recovery {recipe.recovery.name!r} learns from none: take 'distill'."
             )
-        trains = recipe.criterion.learns or recipe.criterion.works_in_training
+        early = isinstance(recipe.mask_from, EarlyBird)
+        trains = early or recipe.criterion.learns or recipe.criterion.works_in_training
         if trains and not recipe.recovery.epochs:
+            what = "early-bird" if early else recipe.criterion.name
             raise InvalidRecipe(
-                f"{recipe.criterion.name!r} works while the network trains, and this recipe trains nothing: give a "
-                "recovery, for example recovery={'name': 'fine-tune', 'epochs': 5}."
+                f"{what!r} works while the network trains, and this recipe trains nothing: give a recovery, for "
+                "example recovery={'name': 'fine-tune', 'epochs': 5}."
             )
 
     def __call__(self, run: Run, level: Level, until: float) -> None:
@@ -70,14 +73,14 @@ class Recoverer:
             return
         total = self.total_steps(run.units.model, settings)
         first = self._step
-        last = self._step = first + round(until * total) - round(level.at * total)
+        last = first + round(until * total) - round(level.at * total)
         trainer = self._trainer_of(run, settings)
         # A network that has become smaller may train for more steps: where this stretch lies is a matter of shares.
         begin = first - level.at * total
         span = (first, last) if self._recipe.schedule.restarts else (begin, begin + total)
-        self.history += trainer.run(
-            self._data, first, last, lr_span=span, evaluate=self._evaluate, on_step=self._on_step
-        )
+        history = trainer.run(self._data, first, last, lr_span=span, evaluate=self._evaluate, on_step=self._on_step)
+        self._step = round(history[-1]["step"]) if history else last
+        self.history += history
 
     def total_steps(self, model: nn.Module, settings: FineTune) -> int:
         """Return the number of optimizer steps of the whole recovery for a network of this size."""
@@ -97,7 +100,7 @@ class Recoverer:
                 settings,
                 loss=self._loss,
                 teacher=self._teacher,
-                hooks=() if run.hooks is None else (run.hooks,),
+                hooks=run.around_steps,
                 precision=self._precision,
             )
             if isinstance(units, CutUnits):
