@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SLOW := .venv/installed-slow
 
-.PHONY: install demo test test-slow browser check format clean
+.PHONY: install demo test test-slow test-thorough browser check format clean
 
 install: $(INSTALLED)
 
@@ -36,11 +36,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-# What takes minutes: all mutants of the rules, thousands of random networks (another SEED draws others), a Ray cluster,
-# killed runs, timm and Hugging Face networks, the leaderboard in a browser.
-SEED ?= 0
+# What takes minutes or more packages: a Ray cluster, killed runs, timm and Hugging Face networks, the leaderboard in a browser.
 test-slow: $(SLOW)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --hypothesis-seed=$(SEED) --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
+
+# What takes an hour: all mutants of the rules, all types of Hugging Face, and a thousand random networks (another SEED draws others).
+SEED ?= 0
+test-thorough: $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m thorough --hypothesis-seed=$(SEED) --numprocesses 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

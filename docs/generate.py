@@ -180,6 +180,21 @@ def percent(found: Interval | None) -> str:
     return "" if found is None else f"{100 * found.mean:.2f} ± {100 * found.half_width:.2f}"
 
 
+def cost_words(method: str) -> str:
+    """Return what a method costs beside plain training, measured."""
+    record = read("benchmarks/method_costs.json")
+    cost = record["methods"][method]
+    scores = (
+        f"its scores look at each sample {cost['passes']:g} times, take {cost['score_per_epoch']:.2f} times the time of an "
+        f"epoch and {cost['score_memory']:.2f} times the memory of training"
+    )
+    return (
+        f"Measured on {record['network']}, relative to an epoch of plain training (`python -m benchmarks.method_costs`): "
+        f"{scores}; one epoch of recovery, with all that the method does in it, takes {cost['training_time']:.2f} times the "
+        f"time and {cost['training_memory']:.2f} times the memory."
+    )
+
+
 def oracle_table() -> str:
     """Return the rank correlations of Taylor scores with the true change of the loss."""
     record = read("benchmarks/taylor_oracle.json")
@@ -259,6 +274,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "criteria": criteria_table,
     "oracle": oracle_table,
     "records": records_table,
+    "cost": cost_words,
     "benchmarks": benchmark_lines,
     "coverage": coverage_table,
     "skipping": skipping_table,

@@ -12,7 +12,9 @@ from secateur.structure.inputs import relative_error
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'secateur[transformers]'")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+StrictDataclassError = pytest.importorskip("huggingface_hub.errors").StrictDataclassError
+
+pytestmark = pytest.mark.filterwarnings("default")
 
 GENERATING = "gpt2 gpt_neox opt llama qwen3 gemma2 phi3 falcon mamba t5 bart whisper".split()
 UNIFORM = "llama mistral qwen2 qwen3 cohere granite".split()
@@ -27,6 +29,7 @@ def prune(model, inputs, macs, **options):
     return sc.prune(model, inputs, granularity="channel", budget=sc.Budget(macs=macs), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", GENERATING)
 def test_generation_with_caches_agrees_with_generation_without(model_type):
     model, inputs = build(model_type)
@@ -41,6 +44,7 @@ def test_generation_with_caches_agrees_with_generation_without(model_type):
             assert torch.equal(small.generate(**prompt, **settings, num_beams=beams, use_cache=True, **kind), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", UNIFORM)
 def test_configurations_that_express_the_cut_make_from_pretrained_work(model_type, tmp_path):
     model, inputs = build(model_type)
@@ -57,6 +61,7 @@ def test_configurations_that_express_the_cut_make_from_pretrained_work(model_typ
     assert relative_error(again(**inputs), pruned.model(**inputs)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", NOT_EXPRESSIBLE)
 def test_configurations_that_cannot_express_the_cut_say_so(model_type, tmp_path):
     model, inputs = build(model_type)
@@ -72,17 +77,18 @@ def test_configurations_that_cannot_express_the_cut_say_so(model_type, tmp_path)
         type(model).from_pretrained(tmp_path / "folder")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", TYPES)
 def test_no_saved_folder_loads_as_a_network_that_computes_something_else(model_type, tmp_path):
     model, inputs = build(model_type)
     try:
         pruned = prune(model, inputs, 0.6, allocation="uniform")
     except sc.errors.BudgetUnreachable:
-        pruned = prune(model, inputs, 0.95)
-    pruned.model.save_pretrained(tmp_path)
+        pruned = prune(model, inputs, 0.97)
     try:
+        pruned.model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).eval()
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, AssertionError, StrictDataclassError):  # loudly
         assert pruned.structure_plan.note
         return
     assert relative_error(again(**inputs), pruned.model(**inputs)) < 1e-5

@@ -102,7 +102,7 @@ def test_random_networks(recipe):
     assert_all_holds(*recipe)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @settings(
     max_examples=1000, database=None, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -52,17 +52,19 @@ class Settings:
 
         Returns:
             The plan with these changes, so that a loaded network has them, too; with a note if the configuration
-            cannot express the cut. A change after which the network computes something else is not made, and none is
-            if a network built from the changed configuration would fit the weights but compute something else.
+            cannot express the cut. A change after which the network computes something else is not made. None is made
+            if a network built from the changed configuration would fit the weights but compute something else, or if
+            the changed configuration breaks rules of its own, so that it could not even be saved.
         """
         stated = self.origins.stated(structure, plan)
         changes = self.origins.changes(stated, structure, plan)
         changes = changes if write_harmlessly(small, structure.inputs, changes) else ()
         config = copy.deepcopy(getattr(small, FIELD))
-        rebuilt = _rebuilt(type(small), config) if _accepts_itself(config) else None
+        valid = _accepts_itself(config)
+        rebuilt = _rebuilt(type(small), config) if valid else None
         fits = rebuilt is not None and _shapes(rebuilt) == _shapes(small)
         expressed = fits and rebuilt is not None and self._computes_alike(rebuilt, small, plan)
-        if fits and not expressed:
+        if not valid or (fits and not expressed):
             undo(small, changes)
             changes = ()
         plan = plan.model_copy(update={"attributes": (*plan.attributes, *changes)})

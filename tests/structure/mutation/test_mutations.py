@@ -50,7 +50,7 @@ def test_no_mutant_of_a_sample_passes():
     assert counts["verify"] >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_no_mutant_passes(capsys):
     """Of what could do harm, `verify` alone catches most; the rest are sums, sizes that the code writes, and costs."""
     found = verdicts(all_mutants(), most=40, thorough=True)
