@@ -1,8 +1,8 @@
 """What each method costs beside plain training: python -m benchmarks.method_costs.
 
 Each method prunes ResNet-20 (28x28 images, batches of 128) once, with one epoch of recovery. Its calls of `score` are
-timed and their memory is measured, and so are the training steps, in which the hooks of some methods work. All is of one
-processor thread, and relative to an epoch of the same network without any pruning.
+timed and their memory is measured, and so are the training steps, in which the hooks of some methods work. All is of
+one processor thread, and relative to an epoch of the same network without any pruning.
 """
 
 from __future__ import annotations

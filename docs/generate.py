@@ -184,14 +184,12 @@ def cost_words(method: str) -> str:
     """Return what a method costs beside plain training, measured."""
     record = read("benchmarks/method_costs.json")
     cost = record["methods"][method]
-    scores = (
-        f"its scores look at each sample {cost['passes']:g} times, take {cost['score_per_epoch']:.2f} times the time of an "
-        f"epoch and {cost['score_memory']:.2f} times the memory of training"
-    )
     return (
-        f"Measured on {record['network']}, relative to an epoch of plain training (`python -m benchmarks.method_costs`): "
-        f"{scores}; one epoch of recovery, with all that the method does in it, takes {cost['training_time']:.2f} times the "
-        f"time and {cost['training_memory']:.2f} times the memory."
+        f"Measured on {record['network']}, relative to an epoch of plain training "
+        f"(`python -m benchmarks.method_costs`): its scores look at each sample {cost['passes']:g} times, take "
+        f"{cost['score_per_epoch']:.2f} times the time of an epoch and {cost['score_memory']:.2f} times the memory of "
+        f"training; one epoch of recovery, with all that the method does in it, takes "
+        f"{cost['training_time']:.2f} times the time and {cost['training_memory']:.2f} times the memory."
     )
 
 

@@ -231,7 +231,7 @@ function columnsOf(data) {
     return element("span", { class: verdict, title: verdict }, `${signed(mean)} ± ${half.toFixed(2)}`);
   };
   const columns = [
-    { title: "method", value: (line) => line.arm, cell: (line) => (line.page ? element("a", { href: `../methods/${line.arm}.html` }, line.arm) : line.arm) },
+    { title: "method", value: (line) => line.arm, cell: (line) => (line.page ? element("a", { href: `../methods/${line.page}.html` }, line.arm) : line.arm) },
     text("units", (line) => (line.role === "dense" ? "" : line.units)),
     text("budget", (line) => line.budget),
     number(`${data.metric} (%)`, (line) => line.value && line.value[0], (line) => (line.value[2] > 1 ? `${line.value[0].toFixed(2)} ± ${line.value[1].toFixed(2)}` : line.value[0].toFixed(2)), "mean and 95 % interval over seeds"),
