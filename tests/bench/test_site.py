@@ -157,6 +157,17 @@ def test_sentences_name_the_leader_its_ties_and_who_beats_random(tmp_path):
     assert entries.budget_words("sparsity=0.98") == "98 % sparsity"
 
 
+def test_a_single_seed_does_not_lead_where_there_are_official_results(tmp_path):
+    store = Store(tmp_path)
+    store.publish(record(run_of("taylor", "macs=0.5", 0), value=0.99))
+    (sentence,) = entries.verdicts(summarize(store.read()[0], BENCHMARK))
+    assert "the highest mean (unofficial) is that of taylor, 99.00 %" in sentence
+    for seed in (0, 1, 2):
+        store.publish(record(run_of("magnitude", "macs=0.5", seed), value=0.80))
+    (sentence,) = entries.verdicts(summarize(store.read()[0], BENCHMARK))
+    assert "the highest mean is that of magnitude, 80.00 %" in sentence and "taylor" not in sentence
+
+
 def test_slots_in_words():
     words = slots_of(method("taylor").recipe.but(granularity={"name": "channel", "round_to": 8}))
     assert words["criterion"] == "taylor" and words["granularity"] == "channel (round_to=8)"

@@ -142,20 +142,25 @@ def _reported(found: Reported) -> dict[str, Any]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Return one sentence per budget: who leads, and how many methods are decided better or worse than random."""
+    """Return one sentence per budget: who leads, and how many methods are decided better or worse than random.
+
+    Unofficial results, of one seed for example, count only where there are no others, and the sentence says so.
+    """
     settings = dict.fromkeys((row.granularity, row.budget) for row in rows if row.role != "dense")
     return [_verdict([r for r in rows if (r.granularity, r.budget) == s], *s) for s in settings]
 
 
 def _verdict(rows: Sequence[Row], granularity: str, budget: str) -> str:
     where = f"{budget_words(budget)}, by {granularity}: "
-    valued = [row for row in rows if row.value is not None]
+    results = [row for row in rows if row.value is not None]
+    valued = [row for row in results if row.official] or results
     methods = [row for row in valued if row.role == "method"]
     if not valued:
         return where + "no run has a result."
     best = max(valued, key=lambda row: row.value.mean if row.value else 0.0)
     assert best.value is not None
-    text = f"{where}the highest mean is that of {best.arm}, {100 * best.value.mean:.2f} %"
+    kind = "" if best.official else " (unofficial)"
+    text = f"{where}the highest mean{kind} is that of {best.arm}, {100 * best.value.mean:.2f} %"
     tied = [row.arm for row in valued if row.rank == best.rank and row is not best]
     text += f"; its interval overlaps with {_names(tied)}. " if tied else ". "
     compared = [row for row in methods if "random" in row.against]
