@@ -33,7 +33,7 @@ TASK = Task(
     load=load,
     digest="aad86d75f68cbe8d",
     size=24,
-    networks={"resnet8": 32, "resnet20": 16, "vit": 64},
+    networks={"resnet8": 32, "resnet8-narrow": 16, "resnet20": 16, "vit": 64},
     default_network="resnet8",
     training={
         "default": FineTune(epochs=20, lr=0.05, weight_decay=5e-4, warmup=0.05),

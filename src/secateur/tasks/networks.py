@@ -136,14 +136,14 @@ class ViT(nn.Module):
         return self.fc(self.norm(self.blocks(x)).mean(1))  # type: ignore[no-any-return]
 
 
-_RESNETS = {"resnet8": 8, "resnet14": 14, "resnet20": 20}
+_RESNETS = {"resnet8": 8, "resnet8-narrow": 8, "resnet14": 14, "resnet20": 20}
 
 
 def build_network(name: str, width: int, size: int, channels: int = 1, classes: int = 10) -> nn.Module:
     """Return a new network with random weights.
 
     Args:
-        name: ``resnet8``, ``resnet14``, ``resnet20`` or ``vit``.
+        name: ``resnet8``, ``resnet8-narrow``, ``resnet14``, ``resnet20`` or ``vit``.
         width: Channels of the first stage, or of the residual stream.
         size: Height and width of the input.
         channels: Of the input.
