@@ -36,7 +36,7 @@ def results(tmp_path):
 def test_benchmarks_are_listed():
     assert "digits/resnet8" in invoke("list").output
     listed = json.loads(invoke("list", "--json").output)
-    assert {"name": "digits/resnet8", "version": 1, "title": BENCHMARK.title} in listed
+    assert {"name": "digits/resnet8", "version": BENCHMARK.version, "title": BENCHMARK.title} in listed
 
 
 def test_a_dry_run_names_what_is_missing_and_what_it_takes(results):
