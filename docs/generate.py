@@ -23,7 +23,7 @@ from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
 from secateur.bench.site.entries import budget_words
 from secateur.bench.statistics import Interval, interval
 from secateur.bench.store import Store
-from secateur.bench.summary import CONTROLS, Row, summarize
+from secateur.bench.summary import CONTROLS, Row, check_claims, summarize
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "src/secateur/methods/*.md")
@@ -108,6 +108,7 @@ def records_table(method: str) -> str:
 
 def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     rows = [row for row in summarize(store.read(benchmark.name)[0], benchmark) if row.official and row.value]
+    claims = _claims(rows, benchmark, method)
     values = {(row.arm, row.granularity, row.budget): percent(row.value) for row in rows}
     own = [row for row in rows if row.role == "method" and benchmark.arm(row.arm).method == method]
     controls = [control for control in CONTROLS if any(control in row.against for row in own)]
@@ -123,7 +124,7 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
         for row in own
     ]
     if not lines:
-        return ""
+        return claims
     head = ("units and budget", "arm", f"{benchmark.metric} (%)", *(f"{c} (%)" for c in controls))
     head += tuple(f"minus {c}" for c in compared)
     dense = next((f" The dense network has {percent(row.value)} %." for row in rows if row.role == "dense"), "")
@@ -136,8 +137,27 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
         markdown_table(head, lines),
         _against_random(own, method, len(benchmark.seeds)),
         _sanity(own, values),
+        claims,
     )
     return "\n\n".join(filter(None, parts))
+
+
+def _claims(rows: list[Row], benchmark: Benchmark, method: str) -> str:
+    """Return what papers claim of a method, with our figures and what they say."""
+    lines = [
+        (
+            f"{found.claim.says} ({found.claim.source})",
+            budget_words(found.arm.budget),
+            f"`{found.arm.arm}` {percent(found.arm.value)}",
+            f"`{found.above.arm}` {percent(found.above.value)}",
+            f"{100 * found.paired.difference.mean:+.2f} ± {100 * found.paired.difference.half_width:.2f}",
+            f"**{found.verdict}**",
+        )
+        for found in check_claims(rows, benchmark)
+        if found.claim.method == method
+    ]
+    head = ("claim", "budget", "ours (%)", "beside (%)", "difference, paired by seed", "here it")
+    return markdown_table(head, lines) if lines else ""
 
 
 def _sanity(rows: list[Row], values: dict[tuple[str, str, str], str]) -> str:

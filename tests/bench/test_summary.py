@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 from tests.bench.test_records import make_record
 
-from secateur.bench.benchmarks import find_benchmark, plan
-from secateur.bench.summary import fronts, summarize
+from secateur.bench.benchmarks import Claim, find_benchmark, plan
+from secateur.bench.summary import check_claims, fronts, summarize
+from secateur.core.budget import Budget
+from secateur.errors import InvalidRecipe, UnknownName
 
 BENCHMARK = find_benchmark("digits/resnet8")
 ACCURACY = {"dense": 0.99, "taylor": 0.95, "magnitude": 0.94, "random": 0.90, "scratch-e": 0.97, "scratch-b": 0.98}
@@ -33,6 +35,38 @@ def test_failures_and_missing_seeds_are_shown():
     assert row.reasons == ("1 seed of at least 3", "failed")
     (row,) = summarize([make_record(group[1], status="failed")], BENCHMARK)
     assert row.value is None and row.rank is None
+
+
+def claim(arm="taylor", above="magnitude", budgets=None):
+    return Claim(method="taylor", says="is better", source="a paper", arm=arm, above=above, budgets=budgets)
+
+
+def test_claims_of_papers_are_decided_by_the_records_at_each_budget():
+    # taylor is 0.01 above magnitude by every seed at most budgets, and by chance at 25 % of the MACs
+    unsure = {0: 0.2, 1: -0.1, 2: 0.0}
+    records = [
+        make_record(r, accuracy=ACCURACY[r.arm] + unsure[r.seed] * ("macs=0.25" in r.label and r.arm == "taylor"))
+        for r in RUNS
+        if r.arm in ("taylor", "magnitude", "scratch-b")
+    ]
+    budgets = (Budget(macs=0.5), Budget(macs=0.25))
+    benchmark = BENCHMARK.model_copy(
+        update={"claims": (claim(budgets=budgets), claim("taylor", "scratch-b"), claim("taylor", "scratch-e"))}
+    )
+    found = check_claims(summarize(records, benchmark), benchmark)
+    assert [(c.above.arm, c.arm.budget, c.verdict) for c in found] == [
+        ("magnitude", "macs=0.5", "holds"),
+        ("magnitude", "macs=0.25", "undecided"),
+        ("scratch-b", "macs=0.5", "does not hold"),
+        ("scratch-b", "macs=0.25", "undecided"),
+    ]  # scratch-e has no records, scratch-b none for single weights
+    assert found[0].paired.difference.mean == pytest.approx(0.01) and found[0].claim.method == "taylor"
+
+
+def test_a_claim_is_about_arms_that_the_benchmark_has():
+    content = BENCHMARK.model_dump(mode="json", exclude_defaults=True)
+    with pytest.raises((InvalidRecipe, UnknownName), match="tailor.*Did you mean 'taylor'"):
+        type(BENCHMARK)(**{**content, "claims": [claim("tailor").model_dump(mode="json", exclude_defaults=True)]})
 
 
 def test_the_front_of_an_arm_is_its_hypervolume_over_the_ladder():

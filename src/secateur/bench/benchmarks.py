@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from secateur.bench.records import Reported, Run
 from secateur.core import registry
@@ -91,6 +91,26 @@ class Control(Variant):
     compute: Literal["epochs", "dense epochs"] = "epochs"
 
 
+class Claim(Value):
+    """What a paper says of a method that can be checked here: one arm ends above another at the same budget.
+
+    Attributes:
+        method: On whose card it stands.
+        says: The claim in words.
+        source: Paper, and where in it.
+        arm: Of which arm.
+        above: Than which arm.
+        budgets: At which budgets; default: at all that both arms have.
+    """
+
+    method: str
+    says: str
+    source: str
+    arm: str
+    above: str
+    budgets: tuple[Budget, ...] | None = None
+
+
 class Official(Value):
     """What a record must meet to count as official.
 
@@ -128,6 +148,7 @@ class Benchmark(Value):
         variants: Methods with other answers, by names of their own.
         only: The methods that take part as they are; default: all that have units of one of the ladders.
         reported: Figures of papers for the same setting.
+        claims: What papers say that the records decide.
     """
 
     name: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")
@@ -148,6 +169,7 @@ class Benchmark(Value):
     variants: dict[str, Variant] = Field(default_factory=dict)
     only: tuple[str, ...] | None = None
     reported: tuple[Reported, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @field_validator("seeds")
     @classmethod
@@ -155,6 +177,14 @@ class Benchmark(Value):
         if len(set(seeds)) != len(seeds):
             raise InvalidRecipe(f"seeds must differ from each other; got {list(seeds)}")
         return seeds
+
+    @model_validator(mode="after")
+    def _claims_are_about_its_arms(self) -> Self:
+        arms = (*self.controls, *self.methods())
+        for arm in (name for claim in self.claims for name in (claim.arm, claim.above)):
+            if arm not in arms:
+                raise UnknownName(f"arm in the claims of benchmark {self.name!r}", arm, arms)
+        return self
 
     def methods(self) -> tuple[str, ...]:
         """Return the names of the methods that take part and are no control, then those of the variants."""

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from secateur.bench.benchmarks import Benchmark
+from secateur.bench.benchmarks import Benchmark, Claim, budget_label
 from secateur.bench.records import Record
 from secateur.bench.statistics import Interval, Paired, hypervolume, interval, paired, ranks
 from secateur.bench.store import standing
@@ -73,6 +73,46 @@ def summarize(records: Iterable[Record], benchmark: Benchmark) -> list[Row]:
     return rows
 
 
+VERDICTS = {"better": "holds", "worse": "does not hold", "undecided": "undecided"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A claim of a paper at one budget.
+
+    Attributes:
+        claim: What is claimed.
+        arm: The row of the arm that is said to be above.
+        above: The row of the other one.
+        paired: Their difference, seed by seed.
+    """
+
+    claim: Claim
+    arm: Row
+    above: Row
+    paired: Paired
+
+    @property
+    def verdict(self) -> str:
+        """Whether the claim ``holds``, ``does not hold``, or is ``undecided`` by these seeds."""
+        return VERDICTS[self.paired.verdict]
+
+
+def check_claims(rows: Iterable[Row], benchmark: Benchmark) -> list[Checked]:
+    """Return the claims of a benchmark at every budget at which both arms have results with a seed in common."""
+    by_setting = {(row.granularity, row.budget, row.arm): row for row in rows}
+    checked = []
+    for claim in benchmark.claims:
+        wanted = None if claim.budgets is None else {budget_label(budget) for budget in claim.budgets}
+        for (granularity, budget, arm), row in by_setting.items():
+            other = by_setting.get((granularity, budget, claim.above))
+            if arm != claim.arm or other is None or (wanted is not None and budget not in wanted):
+                continue
+            if (difference := paired(_by_seed(row.records), _by_seed(other.records))) is not None:
+                checked.append(Checked(claim, row, other, difference))
+    return checked
+
+
 def fronts(rows: Iterable[Row], quantity: str = "macs") -> dict[tuple[str, str], float]:
     """Return the hypervolume of each arm's mean points, by (arm, granularity); only to be compared within a benchmark.
 
@@ -96,9 +136,13 @@ def _order(benchmark: Benchmark) -> dict[tuple[str, str], int]:
     return {setting: index for index, setting in enumerate(settings)}
 
 
+def _by_seed(records: Iterable[Record]) -> dict[int, float]:
+    return {record.run.seed: record.value for record in records if record.measured}
+
+
 def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]]) -> list[Row]:
     """Return the rows of all arms at one budget."""
-    values = {arm: {r.run.seed: r.value for r in group if r.measured} for arm, group in groups.items()}
+    values = {arm: _by_seed(group) for arm, group in groups.items()}
     intervals = {arm: interval(list(found.values())) for arm, found in values.items() if found}
     ranked = ranks(intervals)
     rows = []
