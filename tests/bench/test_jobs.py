@@ -55,6 +55,11 @@ def test_the_dense_reference_is_trained_once(place, monkeypatch):
     monkeypatch.setattr(jobs, "train_reference", None)  # nothing trains it again
     pruned = run_job(find("random"), place)
     assert pruned.measured.dense_metric == record.value
+    other = TINY.model_copy(update={"name": "other/benchmark", "version": TINY.version + 1})
+    same = run_job(plan(other, str(TINY.task.data), seeds=[0])[0], place)  # nor for another benchmark
+    assert same.measured.weights == record.measured.weights and same.id != record.id
+    longer = plan(other.model_copy(update={"training": TINY.training.model_copy(update={"lr": 0.5})}), "0" * 16)[0]
+    assert place.network(longer) != place.network(record.run)
 
 
 def test_a_method_that_fails_leaves_a_record_that_says_why(place, tmp_path, monkeypatch):

@@ -79,8 +79,9 @@ class Workplace(Part):
     keep_networks: bool = False
 
     def network(self, run: Run) -> Path:
-        """Return where the network of a run lies."""
-        return self.scratch / "networks" / f"{run.id}.safetensors"
+        """Return where the network of a run lies: one place for all benchmarks that train a dense network alike."""
+        named = run.model_copy(update={"benchmark": "", "version": 0}) if run.role == "dense" else run
+        return self.scratch / "networks" / f"{named.id}.safetensors"
 
 
 @dataclass(frozen=True)
