@@ -26,11 +26,19 @@ from secateur.structure.roles import Use
 
 @dataclass(frozen=True)
 class Constraint:
-    """The model's code says that a size equals an expression."""
+    """The model's code says that a size equals an expression.
+
+    Attributes:
+        expression: What the code computes.
+        dim: The dim whose size that is.
+        where: The place in the code.
+        broken: What there is to say of a cut after which they differ.
+    """
 
     expression: Expression
     dim: Dim
     where: str
+    broken: str = "the code computes a size that would not follow"
 
 
 @dataclass(frozen=True)
