@@ -25,6 +25,7 @@ NUMBER = "its size is used as a number"
 
 def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], inputs: Inputs) -> Structure:
     """Return the structure that satisfies every equation and every size that the code wrote down."""
+    least = _least(tracer)
     attributes, ties = _solve_sizes(model, tracer)
     branches = find_branches(model, tracer)
     consuming = sorted({tracer.operations[i] for i in tracer.sites})
@@ -38,6 +39,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         axes=axes,
         ties=tuple(tuple(rates) for rates in tied if len(rates) > 1),
         steps={name: rate for rates in tied for name, rate in rates.items() if rate > 1},
+        least={axis.name: least[axis.leaf] for axis in axes if axis.prunable and axis.leaf in least},
         tensors={name: tuple(dims) for name, dims in tensors.items()},
         attributes=attributes,
         path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
@@ -50,6 +52,18 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         order=tuple(tracer.used),
         inputs=inputs,
     )
+
+
+def _least(tracer: Tracer) -> dict[Dim, int]:
+    """Return how many units of an axis are chosen at once, and freeze where no unit can be spared."""
+    least: dict[Dim, int] = {}
+    for dim, number, where in tracer.chosen:
+        nodes = _wide_leaves(dim)
+        if len(nodes) != 1 or nodes[0].size <= number:
+            freeze(dim, f"{number} of {dim.size} are chosen ({where})")
+        else:
+            least[nodes[0]] = max(number, least.get(nodes[0], 1))
+    return least
 
 
 # ------------------------------------------------------------------------------------- sizes that code wrote down
