@@ -314,21 +314,22 @@ def test_spatial_dims_that_a_kernel_mixes_are_frozen():
 class Attention(nn.Module):
     """As image models write it: the result is reshaped to the shape of the input, so width = heads x head_dim."""
 
-    def __init__(self, width, heads, computed_head_dim):
+    def __init__(self, width, heads, computed=()):
         super().__init__()
-        self.heads, self.head_dim, self.computed = heads, width // heads, computed_head_dim
+        self.heads, self.head_dim, self.computed = heads, width // heads, computed
         self.scale = self.head_dim**-0.5
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
         B, N, C = x.shape
-        head_dim = C // self.heads if self.computed else self.head_dim
+        head_dim = C // self.heads if "head_dim" in self.computed else self.head_dim
+        scale = (C // self.heads) ** -0.5 if "scale" in self.computed else self.scale
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        weights = (q @ k.transpose(-2, -1) * scale).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).reshape(B, N, C))
 
 
-@pytest.mark.parametrize("computed", [True, False])
+@pytest.mark.parametrize("computed", [(), ("head_dim",), ("scale",), ("head_dim", "scale")])
 def test_a_width_that_is_heads_times_head_dim_loses_whole_heads(computed):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 48), Attention(48, 6, computed), nn.Linear(48, 3)).eval()
@@ -340,6 +341,7 @@ def test_a_width_that_is_heads_times_head_dim_loses_whole_heads(computed):
     heads = pruned.model[1].heads
     assert 1 <= heads < 6 and pruned.model[0].out_features == 8 * heads and pruned.model[1].scale == model[1].scale
     assert pruned.after.macs <= 0.5 * pruned.before.macs and pruned.model(x).shape == (2, 5, 3)
+    assert oracle_error(model, pruned.model, pruned.structure_plan, x) < 1e-5
 
 
 def test_grouped_queries_are_cut_with_their_key():
@@ -424,7 +426,7 @@ def test_experts_lose_hidden_units_and_scattered_rows_keep_their_width():
     structure = sc.trace(model.eval(), torch.randn(16, 8))
     assert structure.verify(model).ok
     assert free(structure) == {"experts.0.0": 12, "experts.1.0": 12}
-    assert "topk depends on the order" in structure.axis("router").reason
+    assert "rows are assigned to units by value, and eq uses which" in structure.axis("router").reason
 
 
 class WithAuxiliaryHead(nn.Module):
@@ -536,6 +538,38 @@ def test_a_width_that_is_divided_by_the_number_of_heads_follows_them():
     assert (stream.size, structure.steps[stream.name], heads.size) == (12, 3, 4)
     pruned = half(whole, torch.randn(2, 6, 5))
     assert pruned.model[1].heads < 4 and pruned.model[0].out_features == 3 * pruned.model[1].heads
+
+
+@pytest.mark.parametrize(
+    ("number", "tied", "reason"),
+    [
+        (lambda self, c: c // self.heads, True, ""),  # 12 = 4 x 3: the width loses 3 with each head
+        (lambda self, c: c // 4, False, "its size is used as a number"),
+        (lambda self, c: c - self.heads, False, "must stay as long as another dim"),
+        (lambda self, c: c % 2, False, "its size is used as a number"),
+        (lambda self, c: c // 100, False, ""),  # 0 whatever the width
+        (lambda self, c: self.other // 4, False, ""),  # no size
+    ],
+)
+def test_a_number_that_is_computed_from_sizes_stays_what_it_is(number, tied, reason):
+    def forward(self, x):
+        x = self.enter(x)
+        heads = self.inner(x).view(-1, self.heads, 5) * 2 ** number(self, x.shape[-1])
+        return self.out(heads.sum(-1)) + self.side(x)
+
+    parts = {"enter": nn.Linear(5, 12), "inner": nn.Linear(12, 20), "out": nn.Linear(4, 3), "side": nn.Linear(12, 3)}
+    model, x = Model(forward, **parts).eval(), torch.randn(2, 5)
+    model.heads, model.other = 4, 8
+    structure = proved_structure(model, x)
+    enter = structure.axis("enter")
+    heads = next(axis for axis in structure.axes if ("out.weight", 1) in axis.members)
+    assert enter.prunable == (not reason) and reason in enter.reason
+    assert [set(tie) for tie in structure.ties] == ([{enter.name, heads.name}] if tied else [])
+    assert structure.steps == ({enter.name: 3} if tied else {})
+    if not reason:
+        pruned = half(model, x)
+        assert oracle_error(model, pruned.model, pruned.structure_plan, x) < 1e-5
+        assert number(pruned.model, pruned.model.enter.out_features) == number(model, 12)
 
 
 @pytest.mark.parametrize(("forward", "part"), [(split_by_a_difference, 8), (split_in_two, 6)])

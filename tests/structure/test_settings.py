@@ -146,6 +146,30 @@ def test_a_field_whose_layers_differ_stays_and_a_note_says_so(tmp_path):
     assert NOTE not in vars(model.config)
 
 
+class Loadable(Config):
+    """What loaders build from its fields computes one of them."""
+
+    @property
+    def depth(self):
+        return self.layers
+
+    @classmethod
+    def loaded(cls, fields):
+        config = cls()
+        for name, value in fields.items():
+            object.__setattr__(config, name, value)  # as setattr, for a configuration that is not frozen
+        return config
+
+
+def test_what_is_saved_of_a_configuration_that_cannot_express_the_cut_cannot_be_loaded():
+    small, plan = cut(Net(Loadable()), X, **{"embed": 10, "up.0": 20, "up.1": 30})
+    assert plan.note and small.config.depth == 2 and small(X).shape == (2, 3)
+    with pytest.raises(AttributeError, match="depth"):
+        Loadable.loaded(vars(small.config))
+    small, plan = cut(Net(Loadable()), X, **{"embed": 10, "up.0": 20, "up.1": 20})
+    assert not plan.note and shapes(Net(Loadable.loaded(vars(small.config)))) == shapes(small)
+
+
 def test_products_of_fields_are_solved():
     model = Heads(SimpleNamespace(heads=6, size=4))
     structure = sc.trace(model, torch.randn(2, 5, 6))
@@ -166,6 +190,31 @@ def test_buffers_that_files_leave_out_must_be_whole():
     small, plan = cut(Rotary(Config(layers=0)), X, embed=10)
     assert small.config.width == 16 and "width: 10" in plan.note
     assert torch.equal(small.frequencies, torch.arange(10) / 16)
+
+
+class Turned(nn.Module):
+    """Heads whose size is computed, and a buffer of that size that no file holds, as partial rotary embeddings have."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.size = config, config.width // config.heads
+        self.embed = nn.Linear(6, config.width)
+        self.project = nn.Linear(config.width, config.heads * self.size)
+        self.out = nn.Linear(config.heads * self.size, 3)
+        self.register_buffer("frequencies", torch.arange(self.size) + 1.0, persistent=False)
+
+    def forward(self, x):
+        heads = self.project(self.embed(x)).view(*x.shape[:-1], -1, self.size)
+        return self.out((heads * self.frequencies).flatten(-2))
+
+
+def test_a_network_that_takes_the_weights_and_splits_them_otherwise_is_not_built():
+    model = Turned(SimpleNamespace(width=16, heads=4))
+    heads = next(axis.name for axis in sc.trace(model, X).prunable if ("project.weight", 0) in axis.members)
+    small, plan = cut(model, X, **{"embed": 12, heads: 3})
+    wrong = Turned(SimpleNamespace(width=12, heads=4))  # 12 = 3 x 4 here, 4 x 3 there
+    assert {n: t.shape for n, t in wrong.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
+    assert plan.note and (small.config.width, small.config.heads) == (16, 4)
 
 
 def test_a_configuration_that_the_network_computes_with_is_left_alone():

@@ -179,7 +179,8 @@ def _in_events(groups: tuple[str, ...], limits: Limits) -> tuple[int, int]:
     steps = [limits.steps.get(group, 1) for group in groups]
     wide = [step for step in steps if step > 1] or [1 for group in groups if group not in limits.unrounded]
     multiples = [limits.multiple // gcd(limits.multiple, step) for step in wide]
-    return max(-(-limits.minimum // step) for step in steps), max(multiples, default=1)
+    fewest = [max(limits.minimum, limits.least.get(group, 0)) for group in groups]
+    return max(-(-n // step) for n, step in zip(fewest, steps, strict=True)), max(multiples, default=1)
 
 
 def _amounts_in_order(index: Tensor, amounts: list[Tensor]) -> Tensor:

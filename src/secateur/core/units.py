@@ -50,6 +50,7 @@ class Limits:
         ties: Groups that lose units together.
         steps: How many units such a group loses at a time, if not one: an axis that is as long as heads x head_dim
             loses head_dim units with each head.
+        least: Fewest units that stay in such a group, if more than `minimum`.
     """
 
     minimum: int = 0
@@ -57,6 +58,7 @@ class Limits:
     unrounded: frozenset[str] = frozenset()
     ties: tuple[tuple[str, ...], ...] = ()
     steps: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
 
 
 class Call(Protocol):

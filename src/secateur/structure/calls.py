@@ -180,7 +180,7 @@ def normalized_sizes(call: FunctionCall) -> tuple[Tensor, Sizes] | None:
 _READS_SIZES = frozenset(
     "view reshape unflatten expand broadcast_to zeros ones empty full rand randn new_zeros new_ones new_empty new_full "
     "split split_with_sizes narrow __getitem__ layer_norm rms_norm group_norm conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d".split()
+    "conv_transpose2d conv_transpose3d histc".split()
 )
 
 

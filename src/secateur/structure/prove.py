@@ -177,11 +177,12 @@ def _kind(members: tuple[str, ...]) -> str:
 
 
 def half_of_each(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
-    """Return a random half of the units of each axis, at least one."""
+    """Return a random half of the units of each axis, but as many as it must keep."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for name in names:
         size, step = structure.axis(name).size, structure.steps.get(name, 1)
         kept[name] = torch.zeros(size, dtype=torch.bool)
-        kept[name][torch.randperm(size, generator=generator)[: step * max(1, size // step // 2)]] = True
+        events = max(size // step // 2, -(-structure.least.get(name, 1) // step))
+        kept[name][torch.randperm(size, generator=generator)[: step * events]] = True
     return kept

@@ -62,9 +62,8 @@ class Settings:
         config = copy.deepcopy(getattr(small, FIELD))
         valid = _accepts_itself(config)
         rebuilt = _rebuilt(type(small), config) if valid else None
-        fits = rebuilt is not None and _shapes(rebuilt) == _shapes(small)
-        expressed = fits and rebuilt is not None and self._computes_alike(rebuilt, small, plan)
-        if not valid or (fits and not expressed):
+        expressed = rebuilt is not None and self._computes_alike(rebuilt, small, plan)
+        if not valid or (rebuilt is not None and not expressed and self._takes_weights(rebuilt, small)):
             undo(small, changes)
             changes = ()
         plan = plan.model_copy(update={"attributes": (*plan.attributes, *changes)})
@@ -73,13 +72,19 @@ class Settings:
             write_note(small, plan)
         return plan
 
+    def _takes_weights(self, rebuilt: nn.Module, small: nn.Module) -> bool:
+        """Return whether a network that was built anew takes the weights of `small`, whatever it computes with them."""
+        shapes = _shapes(rebuilt)
+        return all(shapes.get(name) == shape for name, shape in _shapes(small).items() if name in self.saved)
+
     def _computes_alike(self, rebuilt: nn.Module, small: nn.Module, plan: Plan) -> bool:
-        """Return whether a network of the same shapes that was built anew computes what `small` does.
+        """Return whether a network that was built anew computes what `small` does.
 
         Every number that the constructor computes (a scale from a head width) must be equal. Buffers that files leave
         out must be whole: their values come from sizes, too (rotary frequencies).
         """
-        return plan.tensors.keys() <= self.saved and _differing(rebuilt, small) <= self.adjusted
+        same = _shapes(rebuilt) == _shapes(small) and _differing(rebuilt, small) <= self.adjusted
+        return same and plan.tensors.keys() <= self.saved
 
 
 def read_settings(model: nn.Module) -> Settings | None:

@@ -20,9 +20,12 @@ from secateur.structure.roles import Role, roles_of
 from secateur.structure.structure import Axis, Structure
 from secateur.structure.tracer import Constraint, Tracer
 
+NUMBER = "its size is used as a number"
+
 
 def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], inputs: Inputs) -> Structure:
     """Return the structure that satisfies every equation and every size that the code wrote down."""
+    least = _least(tracer)
     attributes, ties = _solve_sizes(model, tracer)
     branches = find_branches(model, tracer)
     consuming = sorted({tracer.operations[i] for i in tracer.sites})
@@ -36,6 +39,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         axes=axes,
         ties=tuple(tuple(rates) for rates in tied if len(rates) > 1),
         steps={name: rate for rates in tied for name, rate in rates.items() if rate > 1},
+        least={axis.name: least[axis.leaf] for axis in axes if axis.prunable and axis.leaf in least},
         tensors={name: tuple(dims) for name, dims in tensors.items()},
         attributes=attributes,
         path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
@@ -48,6 +52,18 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         order=tuple(tracer.used),
         inputs=inputs,
     )
+
+
+def _least(tracer: Tracer) -> dict[Dim, int]:
+    """Return how many units of an axis are chosen at once, and freeze where no unit can be spared."""
+    least: dict[Dim, int] = {}
+    for dim, number, where in tracer.chosen:
+        nodes = _wide_leaves(dim)
+        if len(nodes) != 1 or nodes[0].size <= number:
+            freeze(dim, f"{number} of {dim.size} are chosen ({where})")
+        else:
+            least[nodes[0]] = max(number, least.get(nodes[0], 1))
+    return least
 
 
 # ------------------------------------------------------------------------------------- sizes that code wrote down
@@ -149,10 +165,12 @@ def _shape(dim: Dim) -> str:
 def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim], list[dict[Dim, int]]]:
     attributes: dict[Attribute, Dim] = {}
     ties = _Ties()
-    values = {a: read_attribute(model, a) for a in _attributes(tracer.constraints)}
+    expressions = [*(c.expression for c in tracer.constraints), *(expression for expression, _ in tracer.value_reads)]
+    values = {a: read_attribute(model, a) for a in _attributes(expressions)}
+    constraints = [*tracer.constraints, *_computed_numbers(tracer, values)]
     _freeze_read(tracer, attributes)  # first, so that a factor that is frozen anyway is not chosen to vary
     for plain in (True, False):  # what an attribute is must be known before something is divided by it
-        for constraint in tracer.constraints:
+        for constraint in constraints:
             if isinstance(constraint.expression, Operation) != plain:
                 _bind(constraint, attributes, values, ties)
     for pieces, where in tracer.equal_counts:
@@ -162,7 +180,7 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
         ties.keep_multiple(dim, multiple, where)
     _freeze_read(tracer, attributes)
     ties.spread_freezes()
-    for constraint in tracer.constraints:
+    for constraint in constraints:
         if isinstance(constraint.expression, Operation):
             _check(constraint, attributes, values, ties)
     ties.spread_freezes()
@@ -170,12 +188,23 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
 
 
 def _freeze_read(tracer: Tracer, attributes: Mapping[Attribute, Dim]) -> None:
-    """Freeze what the code uses as a number, as far as attributes are known to be sizes."""
+    """Freeze the sizes that the code uses as numbers, as far as attributes are known to be sizes."""
     for expression, where in tracer.value_reads:
-        for source in sources(expression):
-            dim = attributes.get(source) if isinstance(source, Attribute) else source
-            if dim is not None:
-                freeze(dim, f"its size is used as a number ({where})")
+        dim = attributes.get(expression) if isinstance(expression, Attribute) else expression
+        if isinstance(dim, Dim):
+            freeze(dim, f"{NUMBER} ({where})")
+
+
+def _computed_numbers(tracer: Tracer, values: Mapping[Attribute, int]) -> list[Constraint]:
+    """Return the equations by which a number that the code computes from sizes stays what it is.
+
+    A scale of ``(width // heads) ** -0.5`` allows a cut of the width, if whole heads go with it.
+    """
+    computed = {expression: where for expression, where in tracer.value_reads if isinstance(expression, Operation)}
+    return [
+        Constraint(expression, leaf(evaluate(expression, {}, values), f"{NUMBER} ({where})"), where, NUMBER)
+        for expression, where in computed.items()
+    ]
 
 
 def _bind(
@@ -224,8 +253,8 @@ def _solve_for_left(
         _bind(Constraint(left, whole, where), attributes, values, ties)
 
 
-def _attributes(constraints: Iterable[Constraint]) -> set[Attribute]:
-    return {s for c in constraints for s in sources(c.expression) if isinstance(s, Attribute)}
+def _attributes(expressions: Iterable[Expression]) -> set[Attribute]:
+    return {s for expression in expressions for s in sources(expression) if isinstance(s, Attribute)}
 
 
 def _check(
@@ -237,7 +266,7 @@ def _check(
         involved.append(attributes[source] if source in attributes else source)  # type: ignore[index,arg-type]
     free = [n for d in involved if isinstance(d, Dim) for n in leaves(d) if n.size > 1 and not n.reasons]
     free = list(dict.fromkeys(free))
-    reason = f"the code computes a size that would not follow ({constraint.where})"
+    reason = f"{constraint.broken} ({constraint.where})"
     for node in free:
         n = ties.events(node)
         trials = {n // 2, 1} if n > 1 else set()

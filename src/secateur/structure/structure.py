@@ -55,6 +55,7 @@ class Structure:
         axes: All axes that parameters have, frozen ones included.
         ties: Names of axes that lose units together.
         steps: How many units such an axis loses at a time, if not one.
+        least: How many units an axis must keep, if more than one: so many are chosen for each row.
         tensors: The dims of every parameter and buffer.
         attributes: Integer attributes that are the size of a dim.
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
@@ -72,6 +73,7 @@ class Structure:
     axes: tuple[Axis, ...]
     ties: tuple[tuple[str, ...], ...]
     steps: Mapping[str, int]
+    least: Mapping[str, int]
     tensors: Mapping[str, tuple[Dim, ...]]
     attributes: Mapping[Attribute, Dim]
     path: tuple[tuple[str, tuple[Site, ...]], ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -124,9 +125,23 @@ def gate_convolution(model: nn.Module, gate: ConvolutionGate) -> GatedConv2d:
 
 
 def write_note(model: nn.Module, plan: Plan) -> None:
-    """Let the configuration say what it cannot express, if there is such a thing; mutates `model`."""
+    """Let the configuration say what it cannot express, if there is such a thing; mutates `model`.
+
+    The note also stands under a name that the class computes, if it computes one. Nothing reads it there, for the class
+    comes first; but loaders set whatever a saved configuration holds, and what is computed cannot be set. So they fail,
+    where a network that lacks layers or computes something else could have been built without an error.
+    """
     if plan.note:
-        vars(getattr(model, FIELD))[NOTE] = plan.note
+        config = getattr(model, FIELD)
+        vars(config).update(dict.fromkeys((NOTE, *_computed_names(type(config))[:1]), plan.note))
+
+
+def _computed_names(kind: type) -> list[str]:
+    """Return the attributes that a class computes and that cannot be set; those that more classes share come first."""
+    found = [
+        name for base in reversed(kind.__mro__) for name, value in vars(base).items() if isinstance(value, property)
+    ]
+    return [name for name in found if isinstance(own := getattr_static(kind, name), property) and own.fset is None]
 
 
 def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:

@@ -90,6 +90,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         for tensor in results:
             for dim in tracer.dims(tensor):
                 freeze(dim, "output")
+        tracer.keep_order(results, "the output says which unit it is")
         _freeze_unused(_unused(model, tracer), tracer, tensors)
     return solve(model, tracer, tensors, inputs)
 

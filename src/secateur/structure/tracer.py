@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,11 +26,19 @@ from secateur.structure.roles import Use
 
 @dataclass(frozen=True)
 class Constraint:
-    """The model's code says that a size equals an expression."""
+    """The model's code says that a size equals an expression.
+
+    Attributes:
+        expression: What the code computes.
+        dim: The dim whose size that is.
+        where: The place in the code.
+        broken: What there is to say of a cut after which they differ.
+    """
 
     expression: Expression
     dim: Dim
     where: str
+    broken: str = "the code computes a size that would not follow"
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,32 @@ class Site:
     fill: float = 0.0
 
 
+@dataclass(frozen=True)
+class Meaning:
+    """What the entries of a tensor say about the units of a dim that need not be a dim of that tensor.
+
+    Attributes:
+        what: ``index``: each names a unit; ``count``: how many rows name each unit; ``end``: where the rows of each
+            unit end, if they are sorted by it.
+        units: That dim.
+    """
+
+    what: Literal["index", "count", "end"]
+    units: Dim
+
+
 @dataclass
 class Tracer:
     """Everything that one traced run has said about the model's dims."""
 
     dims_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     parameter_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    meaning_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     constraints: list[Constraint] = field(default_factory=list)
     value_reads: list[tuple[Expression, str]] = field(default_factory=list)
     multiples: list[tuple[Dim, int, str]] = field(default_factory=list)
+    followed: list[Tensor | None] = field(default_factory=list)
+    chosen: list[tuple[Dim, int, str]] = field(default_factory=list)
     equal_counts: list[tuple[list[Dim], str]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     sites: dict[int, list[Site]] = field(default_factory=lambda: defaultdict(list))
@@ -138,11 +163,35 @@ class Tracer:
         return dims
 
     def follow(self, result: Tensor, source: Tensor, dims: Sequence[Dim]) -> None:
-        """Record the dims of a rearranged tensor; a rearranged parameter still is that parameter."""
+        """Record the dims of a rearranged tensor; a parameter, and what entries mean, stay what they are."""
         self.set(result, dims)
-        name = self.parameter_of.get(source)
-        if name is not None:
-            self.parameter_of[result] = name
+        for known in (self.parameter_of, self.meaning_of):
+            if source in known:
+                known[result] = known[source]
+
+    def mean(self, result: Tensor, what: Literal["index", "count", "end"], units: Dim) -> None:
+        """Record what the entries of a result say about the units of a dim."""
+        self.meaning_of[result] = Meaning(what, units)
+
+    def meant(self, tensor: Tensor | None, what: str) -> Dim | None:
+        """Return the dim about whose units the entries of a tensor say this, if there is one."""
+        known: Meaning | None = None if tensor is None else self.meaning_of.get(tensor)
+        return known.units if known is not None and known.what == what else None
+
+    def names(self, tensor: Tensor | None, what: str, dim: Dim) -> bool:
+        """Say that the entries of a tensor speak of the units of a dim; return whether they speak of any."""
+        units = self.meant(tensor, what)
+        if units is None or units.size != dim.size:
+            return False
+        self.unify(units, dim)
+        self.followed.append(tensor)
+        return True
+
+    def keep_order(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Freeze the dims whose units the entries of these tensors name: what uses them is not known to follow."""
+        for tensor in tensors:
+            if tensor in self.meaning_of:
+                self.freeze([self.meaning_of[tensor].units], reason)
 
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Record which parameters and buffers take part in the run."""
@@ -159,6 +208,8 @@ class Tracer:
 
     def read_data(self, tensors: Iterable[Tensor]) -> None:
         """Record that the model's code looks at values; what they come from decides whether its path may vary."""
+        tensors = list(tensors)
+        self.keep_order(tensors, "the code looks at which unit it is")
         self.reads_data = self.reads_data or any(map(self.history.depends_on_inputs, tensors))
 
     # -------------------------------------------------------------------------------------------- equations
@@ -186,6 +237,10 @@ class Tracer:
     def keep_multiple(self, dim: Dim, multiple: int) -> None:
         """Say that the operation takes no other sizes of a dim than multiples."""
         self.multiples.append((dim, multiple, self.where()))
+
+    def choose(self, dim: Dim, number: int) -> None:
+        """Say that the operation chooses so many units of a dim: fewer must not stay."""
+        self.chosen.append((dim, number, self.where()))
 
     def read_value(self, expression: Expression) -> None:
         """Say that the code uses a size as a number."""

@@ -268,8 +268,40 @@ def linear_cases(b: int, n: int, c: int, d: int, all_units: bool) -> Iterator[Ca
     yield case("where", lambda s, h: torch.where(h > 0, h, s.w), w=p(torch.randn(c)))
     yield case("outer", lambda s, h: (h[..., None] * s.w).flatten(2), c * d, w=p(torch.randn(d)))
     yield case("cumsum of units", lambda s, h: h.cumsum(-1))
+    yield case("histogram", lambda s, h: h * torch.histc(h, c).sum())
+    yield case("smallest units", lambda s, h: h.topk(2, largest=False)[0], 2)
+    yield case("chosen units", _chosen, d, w=p(torch.randn(c, d)))
+    yield case("looked up by what is chosen", _looked_up, d, w=p(torch.randn(c, d)))
     yield case("unknown", lambda s, h: h + torch.fft.fft(h).real)
     yield case("strides", lambda s, h: h.as_strided((b, n, c), (n * c, c, 1)))
+
+
+def _chosen(s: Any, h: Tensor) -> Tensor:
+    chosen = h.topk(2)[1]
+    largest: Tensor = (h * torch.zeros_like(h).scatter(-1, chosen, 1.0)) @ s.w
+    return largest + h.sigmoid().gather(-1, chosen).sum(-1, keepdim=True)
+
+
+def _looked_up(s: Any, h: Tensor) -> Tensor:
+    chosen = h.topk(2)[1]
+    by_choice = s.w[chosen].sum(-2) + F.embedding(chosen[..., 0], s.w)
+    return by_choice + s.w.index_select(0, chosen.flatten()).mean(0)
+
+
+def _experts(s: Any, h: Tensor) -> Tensor:
+    return _through_experts(s, h, lambda chosen: torch.histc(chosen, s.units, 0, s.units - 1))
+
+
+def _experts_by_literals(s: Any, h: Tensor) -> Tensor:
+    return _through_experts(s, h, lambda chosen: torch.histc(chosen, *((5, 0, 4) if len(s.w) == 5 else (8, 0, 7))))
+
+
+def _through_experts(s: Any, h: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
+    weight, chosen = s.router(h).softmax(-1).topk(2)
+    named, order = chosen.flatten().sort()
+    ends = count(named.float()).cumsum(0, dtype=torch.int32)
+    rows = torch._grouped_mm(h[order // 2], s.w, offs=ends) + s.bias[named]
+    return (rows * weight.flatten()[order, None])[order.argsort()].view(-1, 2, 8).sum(1)
 
 
 def _noisy(s: Any, h: Tensor) -> Tensor:
@@ -374,6 +406,15 @@ def cases() -> Iterator[Case]:
                 nn.Linear(3, width), lambda s, h: torch._grouped_mm(h, s.w, offs=s.ends), nn.Linear(out, 3), **more
             )
             yield f"grouped matmul {i}", grouped.eval(), torch.randn(8, 3)
+        for i, units in enumerate([5, 8]):
+            for name, function in (("experts", _experts), ("experts by literals", _experts_by_literals)):
+                weights = {"w": nn.Parameter(torch.randn(units, 8, 8)), "bias": nn.Parameter(torch.randn(units, 8))}
+                layers = {"router": nn.Linear(8, units), "units": units, **weights}
+                yield (
+                    f"{name} {i}",
+                    Model(nn.Linear(3, 8), function, nn.Linear(8, 3), **layers).eval(),
+                    torch.randn(20, 3),
+                )
         rows = Model(
             nn.Linear(3, 8), lambda s, h: torch._grouped_mm(h.t(), h, offs=s.ends).sum(0), nn.Linear(8, 3), ends=ends
         )

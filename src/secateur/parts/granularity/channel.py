@@ -37,7 +37,9 @@ class Channel(Granularity):
         minimum: Fewest units that stay on each axis.
         round_to: Widths end at multiples of this, or whole, because some engines are slow on odd widths: a number, or
             the name of an engine for the multiple that it likes. Numbers of heads and of experts are not rounded.
-        roles: Only axes whose units are of one of these kinds (`secateur.structure.roles.ROLES`); empty: of any.
+        roles: Only axes whose units are of one of these kinds (`secateur.structure.roles.ROLES`); empty: of any but
+            ``expert``. Each row goes through as many experts as before, so that a budget in MACs would remove them for
+            nothing.
     """
 
     name = "channel"
@@ -63,12 +65,13 @@ class ChannelUnits(CutUnits):
         multiple: int = 1,
         roles: Collection[Role] = (),
     ) -> None:
-        self.roles = roles or ROLES.keys()
+        self.roles = roles or ROLES.keys() - {"expert"}
         found = proved_structure(model, inputs)
         others = {a.name: f"not asked for: its role is {a.role!r}" for a in found.prunable if a.role not in self.roles}
         self.structure = structure = _in_scope(found, scope).frozen(others)
         counted = frozenset(axis.name for axis in structure.prunable if axis.role in COUNTED)
-        super().__init__(model, inputs, structure, Limits(minimum, multiple, counted, structure.ties, structure.steps))
+        limits = Limits(minimum, multiple, counted, structure.ties, structure.steps, structure.least)
+        super().__init__(model, inputs, structure, limits)
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:

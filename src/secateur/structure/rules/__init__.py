@@ -39,7 +39,17 @@ def all_rules() -> dict[str, Rule]:
 
 
 def apply_rule(call: OpCall) -> None:
-    """Let an operation speak; freeze what an unknown one touches."""
+    """Let an operation speak; freeze what an unknown one touches, and units of which it uses the indices otherwise."""
+    tracer, arguments = call.tracer, call.tensors()
+    tracer.followed.clear()
+    _apply(call)
+    new = [tensor for tensor in call.results() if all(tensor is not other for other in arguments)]
+    if not any(tensor in tracer.meaning_of for tensor in new):
+        lost = [tensor for tensor in arguments if all(tensor is not other for other in tracer.followed)]
+        tracer.keep_order(lost, f"rows are assigned to units by value, and {call.name} uses which")
+
+
+def _apply(call: OpCall) -> None:
     known = all_rules().get(call.name)
     reason = f"no rule for the operation {call.name}"
     if known is not None:

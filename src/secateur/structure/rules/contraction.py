@@ -70,7 +70,8 @@ def grouped_mm(call: OpCall) -> None:
     if a.dim() != 2 or b.dim() != 3:
         raise NotImplementedError(f"{a.dim()}-d x {b.dim()}-d")
     rows, (groups, _, n) = tracer.dims(a)[0], tracer.dims(b)
-    tracer.freeze([rows, groups], "rows are assigned to groups by value")
+    known = tracer.names(call["offs"], "end", groups)
+    tracer.freeze([rows] if known else [rows, groups], "rows are assigned to groups by value")
     for dim in (tracer.dims(a)[1], n):
         tracer.keep_multiple(dim, _GROUPED_MULTIPLE)
     tracer.use_as("experts", groups)

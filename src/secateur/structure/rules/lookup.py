@@ -1,4 +1,7 @@
-"""Lookup: a dim that is indexed by the values of another tensor cannot be cut; the other dims pass."""
+"""Lookup: a dim that is indexed by the values of another tensor cannot be cut; the other dims pass.
+
+Unless those values are known to name units: then the dim is theirs.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,18 @@ from secateur.structure.rules.elementwise import broadcast
 from secateur.structure.tracer import OpCall, Tracer
 
 
+def _look_up(tracer: Tracer, index: Tensor | None, dim: Dim) -> None:
+    """Say that the entries of `index` name units of a dim."""
+    if not tracer.names(index, "index", dim):
+        tracer.freeze([dim], "looked up by index")
+
+
 @rule("embedding")
 def embedding(call: OpCall) -> None:
     """(vocabulary, width) looked up by an index of any shape."""
     tracer = call.tracer
     rows, width = tracer.dims(call["weight"])
-    tracer.freeze([rows], "looked up by index")
+    _look_up(tracer, call["indices"], rows)
     tracer.set(call.out, [*tracer.dims(call["indices"]), width])
 
 
@@ -25,7 +34,7 @@ def index_select(call: OpCall) -> None:
     """One dim is replaced by the dim of the index."""
     tracer, position = call.tracer, call["dim"] % call["self"].dim()
     dims = list(tracer.dims(call["self"]))
-    tracer.freeze([dims[position]], "looked up by index")
+    _look_up(tracer, call["index"], dims[position])
     dims[position] = tracer.dims(call["index"])[0]
     tracer.set(call.out, dims)
 
@@ -57,8 +66,9 @@ def _selection(tracer: Tracer, x: Tensor, indices: list[Tensor | None]) -> list[
         if item is not None:
             used += range(position, position + covered)
         position += covered
-    tracer.freeze([dims[i] for i in used], "looked up by index")
     tensors = [item for item in indices if item is not None]
+    for i in used:
+        _look_up(tracer, tensors[0] if len(used) == len(tensors) == 1 else None, dims[i])
     masks = [t for t in tensors if t.dtype == torch.bool]
     if masks:
         for mask in masks:
@@ -82,10 +92,10 @@ def scatter(call: OpCall) -> None:
             continue
         for i, (a, b) in enumerate(zip(dims, tracer.dims(tensor), strict=True)):
             if i == position or a.size != b.size:
-                tracer.freeze([a, b], "looked up by index")
+                tracer.freeze([b] if i == position else [a, b], "looked up by index")
             else:
                 tracer.unify(a, b)
-    tracer.freeze([dims[position]], "looked up by index")
+    _look_up(tracer, call["index"], dims[position])
     tracer.set(call.out, dims)
 
 
@@ -94,7 +104,8 @@ def gather(call: OpCall) -> None:
     """The gathered dim is looked up; the others are those of the index."""
     tracer, position = call.tracer, call["dim"] % call["self"].dim()
     dims, chosen = tracer.dims(call["self"]), tracer.dims(call["index"])
-    tracer.freeze([dims[position], chosen[position]], "looked up by index")
+    tracer.freeze([chosen[position]], "looked up by index")
+    _look_up(tracer, call["index"], dims[position])
     for i, (a, b) in enumerate(zip(dims, chosen, strict=True)):
         if i != position and a.size == b.size:
             tracer.unify(a, b)

@@ -151,14 +151,10 @@ def softmax(call: OpCall) -> None:
     "min",
     "median",
     "mode",
-    "topk",
-    "sort",
     "argsort",
-    "cumsum",
     "cumprod",
     "logcumsumexp",
     "kthvalue",
-    "histc",
 )
 def ordered(call: OpCall) -> None:
     """The result depends on which index is which: that dim is frozen."""
