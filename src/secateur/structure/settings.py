@@ -6,8 +6,9 @@ kind of model: the model is built once more from a copy of its configuration in 
 field (on the meta device, so it costs no memory), and then each layer shows which fields became its sizes.
 
 A field that all its layers agree on after the cut is rewritten. Where layers of one field have become different, no
-value would be true: the field stays, and a note in the configuration says so. Whether the configuration expresses the
-network is decided by building one from it: same shapes, and the same numbers in every module.
+value would be true: the field stays, and a note in the configuration says so, at which loaders fail. Whether the
+configuration expresses the network is decided by building one from it: same shapes, and the same numbers in every
+module.
 """
 
 from __future__ import annotations
