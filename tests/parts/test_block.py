@@ -116,6 +116,15 @@ def test_counts_are_exact_in_blocks_weights_and_multiply_adds(method):
     assert cheap.after.effective_macs <= 0.5 * cheap.before.macs
 
 
+def test_a_layer_of_one_block_stays_unless_it_may_go():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 32)), torch.ones(1, 4)
+    options = {"allocation": "uniform", "budget": sc.Budget(sparsity=0.6)}
+    for minimum, expected in ((1, [1, 1]), (0, [0, 2])):
+        pruned = sc.prune(model, x, granularity={"name": "block", "shape": [8, 8], "minimum": minimum}, **options)
+        counts = [int(kept.sum()) for kept in blocks(model, x, (8, 8)).kept_in(pruned.masks).values()]
+        assert counts == expected
+
+
 def test_taylor_and_snip_have_their_closed_forms():
     model, x = toy("mlp")
     units, data = blocks(model, x, (5, 7)), toy_batches("mlp")[:1]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core.slots import Granularity, Scope
-from secateur.core.units import Kept, Scores
+from secateur.core.units import Kept, Limits, Scores
 from secateur.parts.granularity.masked import MaskedUnits
 from secateur.structure.inputs import Inputs, as_inputs
 
@@ -25,14 +25,16 @@ class Block(Granularity):
 
     Attributes:
         shape: Rows (outputs of the layer) and columns (its inputs) of a block.
+        minimum: Fewest blocks that stay in each group: a small layer is one block, or two.
     """
 
     name = "block"
     shape: tuple[Side, Side] = (32, 32)
+    minimum: int = Field(1, ge=0)
 
     def units(self, model: nn.Module, example_inputs: Any, scope: Scope) -> BlockUnits:
         """Return the blocks of all kernels in scope as units."""
-        return BlockUnits(model, as_inputs(example_inputs), scope, self.shape)
+        return BlockUnits(model, as_inputs(example_inputs), scope, self.shape, self.minimum)
 
 
 class _Part(NamedTuple):
@@ -57,8 +59,9 @@ class _Part(NamedTuple):
 class BlockUnits(MaskedUnits):
     """The blocks of a model's kernels."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, scope: Scope, shape: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, scope: Scope, shape: tuple[int, int], minimum: int) -> None:
         super().__init__(model, inputs, scope, biases=False)
+        self.limits = Limits(minimum)
         self._parts = {
             name: {f"{name}[{part.shape[0]}x{part.shape[1]}]": part for part in _parts(_matrix_shape(parameter), shape)}
             for name, parameter in self._parameters.items()
