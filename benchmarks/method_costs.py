@@ -54,11 +54,11 @@ class Meter:
         return measured
 
     @contextmanager
-    def counting(self) -> Any:
-        """Count what goes through any network while a measured call runs."""
+    def counting(self, channels: int) -> Any:
+        """Count the images, of so many channels, that go through any network while a measured call runs."""
 
         def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self.running and isinstance(module, nn.Conv2d) and module.in_channels == 1:  # the first layer
+            if self.running and isinstance(module, nn.Conv2d) and module.in_channels == channels:  # the first layer
                 self.samples += len(inputs[0])
 
         handle = nn.modules.module.register_module_forward_pre_hook(count)
@@ -107,13 +107,13 @@ def training(model: nn.Module, data: TensorBatches) -> Meter:
 def costs(card: sc.Card, model: nn.Module, data: TensorBatches, plain: Meter) -> dict[str, float | int]:
     """Return the costs of one method."""
     recipe = sc.method(card.name).recipe
-    granularity = next(g for g in ("channel", "weight", *card.granularity) if g in card.granularity)
+    granularity = granularity_of(card)
     budget = {"weight": sc.Budget(sparsity=0.9), "branch": sc.Budget(macs=0.8)}.get(granularity, sc.Budget(macs=0.5))
     scoring, steps = Meter(), Meter()
     criterion = type(recipe.criterion)
     run = Trainer.run
     with (
-        scoring.counting(),
+        scoring.counting(channels=1),
         patch.object(criterion, "score", scoring.around(criterion.score)),
         patch.object(Trainer, "run", steps.around(run)),
     ):
@@ -134,6 +134,11 @@ def costs(card: sc.Card, model: nn.Module, data: TensorBatches, plain: Meter) ->
         "training_memory": round(steps.bytes / plain.bytes, 2),
         "training_time": round(steps.seconds / plain.seconds, 2),
     }
+
+
+def granularity_of(card: sc.Card) -> str:
+    """Return the units with which a method is measured."""
+    return next(g for g in ("channel", "weight", *card.granularity) if g in card.granularity)
 
 
 def _reset_peak() -> int:

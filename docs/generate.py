@@ -201,16 +201,34 @@ def percent(found: Interval | None) -> str:
 
 
 def cost_words(method: str) -> str:
-    """Return what a method costs beside plain training, measured."""
+    """Return what a method costs beside plain training, and its scores on ResNet-50, measured."""
     record = read("benchmarks/method_costs.json")
     cost = record["methods"][method]
-    return (
+    small = (
         f"Measured on {record['network']}, relative to an epoch of plain training "
         f"(`python -m benchmarks.method_costs`): its scores look at each sample {cost['passes']:g} times, take "
         f"{cost['score_per_epoch']:.2f} times the time of an epoch and {cost['score_memory']:.2f} times the memory of "
         f"training; one epoch of recovery, with all that the method does in it, takes "
         f"{cost['training_time']:.2f} times the time and {cost['training_memory']:.2f} times the memory."
     )
+    return "\n\n".join(filter(None, (small, _large_cost_words(method))))
+
+
+def _large_cost_words(method: str) -> str:
+    """Return what the scores of a method cost on ResNet-50; nothing for those that are learned in training."""
+    record = read("benchmarks/resnet50_scoring.json")
+    parts = []
+    for arm, row in record["arms"].items():
+        if row["method"] != method:
+            continue
+        bare = row["time_over_needed"]
+        beside = "" if bare is None else f" ({bare:.2f} times that of the bare passes that the formula needs)"
+        parts.append(
+            f"`{arm}`, by {row['granularity']}: {row['time']:.2f} times the time of one forward and backward pass of "
+            f"the same samples{beside}, {row['memory']:.2f} times the memory of a training step"
+        )
+    where = f"Scores, once, of {record['network']} (`python -m benchmarks.resnet50_scoring`)"
+    return f"{where}: {'; '.join(parts)}." if parts else ""
 
 
 def oracle_table() -> str:
@@ -269,7 +287,7 @@ def coverage_table() -> str:
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
-    for name in ("masked_training", "analysis_time", "large_model", "scoring_cost"):
+    for name in ("masked_training", "analysis_time", "large_model", "scoring_cost", "resnet50_scoring"):
         record = read(f"benchmarks/{name}.json")
         lines.append(f"- {record['claim']}: **{record['result']}** (`python -m benchmarks.{name}`)")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, Not
 from secateur.measure.profile import Profile, profile
 from secateur.parts.granularity.channel_per_input import GatedUnits
 from secateur.parts.granularity.cut import CutUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.pruned import Pruned
 from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
@@ -77,7 +77,7 @@ class Job:
         structured = units if isinstance(units, CutUnits) else None
         return Pruned(
             model=model.eval(),
-            masks=units.masks if isinstance(units, WeightUnits) else {},
+            masks=units.masks if isinstance(units, MaskedUnits) else {},
             structure_plan=_plan(units, model),
             before=self.before,
             after=after,

@@ -24,7 +24,7 @@ from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, Not
 from secateur.job import Job, make_job
 from secateur.parts.granularity.channel_per_input import ChannelPerInput, GatedUnits
 from secateur.parts.granularity.cut import CutUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.parts.recovery.distill import Distill
 from secateur.pruned import Pruned
 from secateur.structure.carry import Companions
@@ -225,7 +225,7 @@ class Pruner:
             "steps": self.steps,
             "rounds": [asdict(done) for done in self.rounds],
             "plan": units.plan.model_dump(mode="json") if isinstance(units, CutUnits | GatedUnits) else None,
-            "masks": dict(units.masks) if isinstance(units, WeightUnits) else {},
+            "masks": dict(units.masks) if isinstance(units, MaskedUnits) else {},
             "scores": dict(self._run.scores),
             "init": self._run.initial,
             "learned": [hooks.state_dict() for hooks in self._run.around_steps],
@@ -243,9 +243,11 @@ class Pruner:
                 "This state is of another recipe, or this pruner has pruned already. Make the unpruned model, its "
                 "optimizers and a Pruner with the same settings, then load."
             )
-        kept: dict[str, Tensor] = dict(state["masks"])
+        kept: dict[str, Tensor] = {}
         if state["rounds"] and isinstance(units, CutUnits | GatedUnits):
             kept = units.kept_in(parse_plan(state["plan"]))
+        elif isinstance(units, MaskedUnits):
+            kept = units.kept_in(state["masks"])
         if state["rounds"] and ({g: m.shape for g, m in kept.items()} != dict(units.shapes) or not units.keep(kept)):
             raise PlanMismatch("This state is of another model: its units are not those of this one.")
         self.steps = state["steps"]
@@ -262,7 +264,7 @@ class Pruner:
     def _hold_masks(self) -> None:
         """Zero the masked weights now and after every optimizer step."""
         units = self._run.units
-        if not isinstance(units, WeightUnits) or not units.masks:
+        if not isinstance(units, MaskedUnits) or not units.masks:
             return
         for handle in self._mask_handles:
             handle.remove()

@@ -91,8 +91,9 @@ def test_the_schedule_is_cubic_between_warmup_and_cooldown():
 
 
 def test_the_gradient_of_a_block_is_the_sum_over_its_entries():
-    """C4, for channels and heads: over the entries that read them."""
-    for network, granularity in (("resnet20", "channel"), ("vit", "head")):
+    """C4, for channels and heads: over the entries that read them; for blocks: over their own."""
+    cases = (("resnet20", "channel"), ("vit", "head"), ("vit", {"name": "block", "shape": [5, 7]}))
+    for network, granularity in cases:
         model, x = toy(network)
         hooks, run, state = started(model, x, granularity)
         for inputs, target in toy_batches(network)[:1]:
@@ -103,7 +104,7 @@ def test_the_gradient_of_a_block_is_the_sum_over_its_entries():
         hooks.on_end(state)
 
 
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("granularity", ["weight", "channel", {"name": "block", "shape": [4, 4]}])
 def test_the_cut_network_computes_what_the_masked_one_computed(granularity):
     """C5, and everything that the forward pass had is gone."""
     model, x = toy("mlp")

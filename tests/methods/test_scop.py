@@ -51,7 +51,7 @@ def test_the_slope_of_a_beta_is_the_gradient_times_the_difference_from_the_knock
     betas = {g: torch.full(s, 0.5, dtype=torch.float64, requires_grad=True) for g, s in units.shapes.items()}
 
     def loss():
-        with gates.mixed(betas, controls):
+        with gates.mixed(betas, lambda: model(controls)):
             output = model(images)
         assert len(output) == len(images)
         return nn.functional.cross_entropy(output, target)
@@ -72,14 +72,15 @@ def test_a_unit_that_equals_its_knockoff_has_no_slope_and_betas_of_one_change_no
     ((images, target),) = toy_batches("mlp", n=1)
     gates, shapes = Gates(channels(model, x)), {"1": (32,), "3": (24,)}
     betas = {g: torch.full(s, 0.5, requires_grad=True) for g, s in shapes.items()}
-    with gates.mixed(betas, images):
+    with gates.mixed(betas, lambda: model(images)):
         loss = nn.functional.cross_entropy(model(images), target)
     assert all(not slope.any() for slope in torch.autograd.grad(loss, list(betas.values())))
-    with gates.mixed({g: torch.ones(s) for g, s in shapes.items()}, torch.randn_like(images)):
+    controls = torch.randn_like(images)
+    with gates.mixed({g: torch.ones(s) for g, s in shapes.items()}, lambda: model(controls)):
         torch.testing.assert_close(model(images), model(images[:8]))
         mixed = model(images)
     torch.testing.assert_close(mixed, model(images))
-    with gates.mixed({g: torch.zeros(s) for g, s in shapes.items()}, controls := torch.randn_like(images)):
+    with gates.mixed({g: torch.zeros(s) for g, s in shapes.items()}, lambda: model(controls)):
         alone = model(images)
     torch.testing.assert_close(alone, model(controls))
 

@@ -12,6 +12,7 @@ from secateur.core.slots import Scope
 from secateur.errors import NotApplicable
 from secateur.methods.synflow import SynFlow
 from secateur.parts.granularity.weight import Weight
+from secateur.tasks.networks import build_network
 from secateur.testing.toys import TwoLayer
 
 WIDTHS = (12, 20, 20, 20, 20, 5)
@@ -30,6 +31,28 @@ def convolutional():
         nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3, bias=False),
     )  # fmt: skip
     return model, torch.randn(1, 2, 10, 10)
+
+
+def vgg11():
+    """The paper's kind of network, at a quarter of its width: every layer lies on every path."""
+    torch.manual_seed(0)
+    layers, before = [], 3
+    for width in (16, "pool", 32, "pool", 64, 64, "pool", 128, 128, "pool", 128, 128, "pool"):
+        if width == "pool":
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, 10)), torch.zeros(1, 3, 32, 32)
+
+
+def left(model, x, steps):
+    """What 99.9 % sparsity leaves of each layer, and the flow through what is left."""
+    schedule = {"name": "iterative", "steps": steps, "span": 0}
+    pruned = sc.prune(model, x, method="synflow", budget=sc.Budget(sparsity=0.999), schedule=schedule)
+    counts = {name: int(mask.sum()) for name, mask in pruned.masks.items()}
+    assert sum(counts.values()) == round(0.001 * sum(mask.numel() for mask in pruned.masks.values()))
+    return counts, float(next(iter(score(pruned.model, x).values())).sum())
 
 
 def score(model, x):
@@ -112,6 +135,28 @@ def test_at_999_permille_no_layer_is_empty_with_100_cuts_and_one_is_with_one():
         fewest[steps] = min(int(mask.sum()) for mask in found.masks.values())
         assert sum(int(mask.sum()) for mask in found.masks.values()) == 57
     assert fewest[100] >= 5 and fewest[1] == 0
+
+
+def test_at_999_permille_no_layer_of_a_convolutional_network_is_empty():
+    model, x = vgg11()
+    counts, flow = left(model, x, 100)
+    assert min(counts.values()) > 0 and flow > 0
+    counts, flow = left(model, x, 1)
+    assert min(counts.values()) == 0 == flow
+
+
+@pytest.mark.parametrize(("name", "width", "size"), [("resnet8", 32, 24), ("resnet20", 16, 28)])
+def test_at_999_permille_only_branches_beside_an_identity_are_empty_in_residual_networks(name, width, size):
+    """What is conserved is the flow through all that separates inputs from outputs, identities included."""
+    torch.manual_seed(0)
+    model, x = build_network(name, width, size), torch.zeros(1, 1, size, size)
+    counts, flow = left(model, x, 100)
+    avoidable = {f"blocks.{i}.conv" for i, b in enumerate(model.blocks) if isinstance(b.shortcut, nn.Identity)}
+    empty = {layer.removesuffix("1.weight").removesuffix("2.weight") for layer, count in counts.items() if count == 0}
+    assert empty and empty <= avoidable and flow > 0
+    assert all(counts[f"{branch}1.weight"] == counts[f"{branch}2.weight"] == 0 for branch in empty)
+    counts, flow = left(model, x, 1)
+    assert flow == 0 and not any(count for layer, count in counts.items() if layer.startswith("blocks"))
 
 
 def test_it_needs_no_data_and_no_words():

@@ -12,7 +12,7 @@ from secateur.measure.profile import count_macs
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.channel_per_input import GatedUnits
 from secateur.parts.granularity.depth import DepthUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.structure.cost import ProductCost
 
 
@@ -33,10 +33,14 @@ def _(units: DepthUnits) -> Cost:
 
 
 @macs_cost.register
-def _(units: WeightUnits) -> Cost:
+def _(units: MaskedUnits) -> Cost:
     counted = count_macs(units.model, units.inputs)
-    per_unit = {name: counted.by_parameter.get(name, 0) / shape.numel() for name, shape in units.shapes.items()}
-    inside = sum(counted.by_parameter.get(name, 0) for name in units.shapes)
+    per_unit = {
+        group: counted.by_parameter.get(name, 0) / parameter.numel() * units.size(group)
+        for name, parameter in units.parameters().items()
+        for group in units.groups_of(name)
+    }
+    inside = sum(counted.by_parameter.get(name, 0) for name in units.parameters())
     return LinearCost(per_unit, fixed=counted.total - inside)
 
 

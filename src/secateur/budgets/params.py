@@ -8,7 +8,7 @@ from secateur.core.units import Cost, LinearCost, Units
 from secateur.errors import NotApplicable
 from secateur.parts.granularity.channel import ChannelUnits
 from secateur.parts.granularity.depth import DepthUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.structure.cost import ProductCost
 
 
@@ -39,7 +39,7 @@ def _(units: DepthUnits) -> Cost:
 
 
 @params_cost.register
-def _(units: WeightUnits) -> Cost:
+def _(units: MaskedUnits) -> Cost:
     total = sum(p.numel() for p in units.model.parameters())
     prunable = sum(p.numel() for p in units.parameters().values())
-    return LinearCost(dict.fromkeys(units.shapes, 1.0), fixed=total - prunable)
+    return LinearCost({group: float(units.size(group)) for group in units.shapes}, fixed=total - prunable)

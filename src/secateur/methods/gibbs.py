@@ -23,7 +23,9 @@ from secateur.core.recipe import Recipe
 from secateur.core.schedule import OneShot
 from secateur.core.slots import Criterion
 from secateur.core.units import Scores
+from secateur.errors import NotApplicable
 from secateur.parts.allocation.ranking import Uniform
+from secateur.parts.granularity.weight import WeightUnits
 from secateur.parts.weight_factors import WeightFactors
 
 Hamiltonian = Literal["weight", "kernel", "filter"]
@@ -71,6 +73,8 @@ class _DrawnMasks(Hooks):
     """
 
     def __init__(self, run: Run, settings: Gibbs) -> None:
+        if not isinstance(run.units, WeightUnits):
+            raise NotApplicable("Gibbs pruning draws masks of single weights: choose granularity='weight'.")
         self.run, self.settings = run, settings
         self.masks: Scores = {}
         self._places = WeightFactors(run.units)

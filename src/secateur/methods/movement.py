@@ -30,6 +30,7 @@ from secateur.core.units import Scores
 from secateur.errors import NotApplicable
 from secateur.parts.allocation.ranking import Uniform
 from secateur.parts.gates import Gates
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.parts.granularity.weight import WeightUnits
 from secateur.parts.weight_factors import WeightFactors
 
@@ -90,7 +91,7 @@ class _LearnedScores(Hooks):
 
     def __init__(self, run: Run, settings: Movement) -> None:
         self.run, self.settings = run, settings
-        self._places = WeightFactors(run.units) if isinstance(run.units, WeightUnits) else Gates(run.units)
+        self._places = WeightFactors(run.units) if isinstance(run.units, MaskedUnits) else Gates(run.units)
         self._generator = generator_for("masks", run.seed)
         self._masked = ExitStack()
         self.scores: Scores = {}

@@ -7,6 +7,7 @@ knockoffs are the second-order ones of Candes, Fan, Janson, Lv: Panning for Gold
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Scop(Criterion):
         for _ in range(self.epochs):
             for batch in context.batches():
                 controls = knockoffs.draw(_images(batch), context.generator)
-                with context.undisturbed(), gates.mixed(betas, controls):
+                with context.undisturbed(), gates.mixed(betas, partial(context.forward, controls)):
                     found = torch.autograd.grad(context.loss_of(batch), list(betas.values()), materialize_grads=True)
                 slopes = context.mean_over_processes(dict(zip(betas, found, strict=True)), batch_size(batch))
                 for group, beta in betas.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.batches import batch_size
@@ -47,7 +47,6 @@ class Gates:
     """
 
     def __init__(self, units: Units) -> None:
-        self._model = units.model
         if isinstance(units, ChannelUnits):
             self._places = _places_of_axes(units)
         elif isinstance(units, DepthUnits):
@@ -67,22 +66,20 @@ class Gates:
             yield
 
     @contextmanager
-    def mixed(self, gates: Mapping[str, Tensor], controls: Tensor) -> Iterator[None]:
+    def mixed(self, gates: Mapping[str, Tensor], run_controls: Callable[[], object]) -> Iterator[None]:
         """Mix units with those of other inputs while this lasts: gate * unit + (1 - gate) * the unit for its control.
 
-        The model, called on a tensor, runs on it and on the controls behind it, which are never mixed, and returns what
-        it has for the tensor alone.
+        The controls run first, alone and without gradients, of which they need none: nothing in them is mixed.
 
         Args:
             gates: As for `applied`.
-            controls: As many inputs as the model is called on, one for each.
+            run_controls: Calls the model on as many inputs as it is called on while this lasts, one for each.
         """
-        model, n = self._model, len(controls)
-        with self._hooked({group: _Mixture(values) for group, values in gates.items()}), ExitStack() as stack:
-            doubled = model.register_forward_pre_hook(lambda _, inputs: (torch.cat([inputs[0], controls]), *inputs[1:]))
-            halved = model.register_forward_hook(lambda _, __, output: tree_map_only(Tensor, lambda x: x[:n], output))
-            stack.callback(doubled.remove)
-            stack.callback(halved.remove)
+        units_of_controls: deque[Tensor] = deque()
+        recorders = {group: _Recorder(values, units_of_controls) for group, values in gates.items()}
+        with self._hooked(recorders), torch.no_grad():
+            run_controls()
+        with self._hooked({group: _Mixture(values, units_of_controls) for group, values in gates.items()}):
             yield
 
     @torch.no_grad()
@@ -139,12 +136,25 @@ class _Gate:
         return factor.to(x.dtype).view(shape)
 
 
-class _Mixture(_Gate):
-    """Mixes the units of one group with those of the controls, which are the second half of the samples."""
+class _Recorder(_Gate):
+    """Lets units pass, and takes them down in the order in which they come."""
+
+    def __init__(self, values: Tensor, seen: deque[Tensor]) -> None:
+        super().__init__(values)
+        self._seen = seen
 
     def act(self, x: Tensor, factor: Tensor) -> Tensor:
-        real, control = x.chunk(2)
-        return torch.cat([control + factor * (real - control), control])
+        self._seen.append(x.clone())  # a layer behind may work in place
+        return x
+
+
+class _Mixture(_Recorder):
+    """Mixes the units of one group with those of the controls, which come in the same order in every run."""
+
+    def act(self, x: Tensor, factor: Tensor) -> Tensor:
+        control = self._seen[0]
+        self._seen.rotate(-1)
+        return control + factor * (x - control)
 
 
 def _scale_inputs(module: nn.Module, factor: Tensor) -> None:

@@ -10,25 +10,26 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from secateur.core.units import Units
 from secateur.errors import NotApplicable
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 
 
 class WeightFactors:
-    """The places at which the single weights of a model are multiplied by factors: every module that holds them.
+    """The places at which the weights of a model are multiplied by the factors of their units, single ones or blocks.
 
     With W' = W x factor, dL/dfactor = dL/dW' x W for all entries, also masked ones, and dL/dW = dL/dW' x factor, which
-    is zero for masked ones.
+    is zero for masked ones. The gradient by the factor of a block is the sum over its entries.
 
     Args:
-        units: Single weights.
+        units: Single weights, or blocks of them.
 
     Raises:
         NotApplicable: Other units, or a module that reads its weights from a list of its own.
     """
 
     def __init__(self, units: Units) -> None:
-        if not isinstance(units, WeightUnits):
-            raise NotApplicable("Factors stand at single weights: choose granularity='weight'.")
+        if not isinstance(units, MaskedUnits):
+            raise NotApplicable("Factors stand at single weights or blocks: choose granularity='weight' or 'block'.")
+        self._units = units
         names = {id(parameter): name for name, parameter in units.parameters().items()}
         self._places = [
             (module, key, names[id(parameter)])
@@ -48,13 +49,13 @@ class WeightFactors:
         """Multiply weights by factors while this lasts; the parameters stay the same objects.
 
         Args:
-            factors: By parameter, of its shape. Parameters that are not named are not multiplied. Their values may
-                change in place meanwhile.
+            factors: By group. Parameters of which a group is not named are not multiplied. Their values may change in
+                place meanwhile.
         """
-        places = [(module, key, name) for module, key, name in self._places if name in factors]
+        places = [place for place in self._places if factors.keys() >= set(self._units.groups_of(place[2]))]
         orders = [list(module._parameters) for module, _, _ in places]
         for module, key, name in places:
-            register_parametrization(module, key, _Factor(factors[name]), unsafe=True)
+            register_parametrization(module, key, _Factor(self._units, name, factors), unsafe=True)
         try:
             yield
         finally:
@@ -66,9 +67,9 @@ class WeightFactors:
 
 
 class _Factor(nn.Module):
-    def __init__(self, factor: Tensor) -> None:
+    def __init__(self, units: MaskedUnits, name: str, factors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._factor = factor
+        self._units, self._name, self._factors = units, name, factors
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self._factor.to(weight.dtype)
+        return weight * self._units.entries(self._name, self._factors).to(weight.dtype)

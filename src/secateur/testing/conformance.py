@@ -39,6 +39,9 @@ TRAINING = FineTune(epochs=2, lr=0.01)
 SHORT = 3
 """Pruning moments of methods that have many."""
 
+SETTINGS = {"block": {"name": "block", "shape": (4, 4)}}
+"""Of granularities whose units are larger than the toy networks."""
+
 Check = Callable[[str, str], None]
 """Called with (method, granularity); raises AssertionError with a message."""
 
@@ -114,8 +117,8 @@ def data_as_declared(name: str, granularity: str) -> None:
 
 def relabeling_changes_nothing(name: str, granularity: str) -> None:
     """The score of a unit does not depend on its index."""
-    if _small(name, granularity) != "mlp":
-        return  # branches have places, not indices; and the relabeling below is that of this network
+    if _small(name, granularity) != "mlp" or granularity == "block":
+        return  # branches and blocks have places, not indices; and the relabeling below is that of this network
     units, data = _units(granularity, "mlp")
     scores = _score(name, units, data)
     group = next(iter(scores))
@@ -168,7 +171,7 @@ def masks_are_nested(name: str, granularity: str) -> None:
 
 def pruned_weights_stay_pruned(name: str, granularity: str) -> None:
     """Momentum and weight decay do not revive a masked weight."""
-    if granularity != "weight":
+    if granularity not in ("weight", "block"):
         return
     model, x = toy("mlp")
     pruned = _prune(name, granularity, model, x, Budget(sparsity=0.5))
@@ -244,7 +247,7 @@ def recipe_of(name: str) -> Recipe:
 
 def _units(granularity: str, network: str = "resnet20") -> tuple[Units, list[tuple[Tensor, Tensor]]]:
     model, x = toy(network)
-    recipe = Recipe(criterion="random", granularity=granularity)
+    recipe = Recipe(criterion="random", granularity=SETTINGS.get(granularity, granularity))
     return recipe.granularity.units(copy.deepcopy(model), x, Scope()), toy_batches(network)
 
 
@@ -285,7 +288,7 @@ def _prune(name: str, granularity: str, model: nn.Module, x: Tensor, budget: Bud
         model,
         x,
         method=recipe_of(name),
-        granularity=granularity,
+        granularity=SETTINGS.get(granularity, granularity),
         budget=budget,
         data=toy_batches(network),
         checkpoints={"init": model.state_dict()},

@@ -14,7 +14,7 @@ from secateur.core.slots import Level, Precision
 from secateur.errors import DataNeeded, InvalidRecipe
 from secateur.measure.profile import count_macs
 from secateur.parts.granularity.cut import CutUnits
-from secateur.parts.granularity.weight import WeightUnits
+from secateur.parts.granularity.masked import MaskedUnits
 from secateur.parts.recovery.distill import Distill
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.carry import Companions
@@ -107,7 +107,7 @@ class Recoverer:
                 units.companions = Companions((self._trainer.optimizer,))
         else:
             self._trainer.wrap()
-        if isinstance(units, WeightUnits):
+        if isinstance(units, MaskedUnits):
             self._trainer.mask(Masks(units.model, units.masks))
         if self._teacher is not None and isinstance(units, CutUnits):
             self._teacher.follow(units.plan)
