@@ -212,7 +212,7 @@ def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
 
 
 class Chaotic(nn.Module):
-    """Amplifies any difference, rounding too, layer by layer, as long as the scales are above 1."""
+    """Amplifies any difference, rounding too, layer by layer, unless the scales are well below 1."""
 
     def __init__(self, depth=60):
         super().__init__()
@@ -221,7 +221,7 @@ class Chaotic(nn.Module):
 
     def forward(self, x):
         for layer, scale in zip(self.layers, self.scales, strict=True):
-            x = torch.sin(1.6 * scale * layer(x))
+            x = torch.sin(1.8 * scale * layer(x))
         return x
 
 
