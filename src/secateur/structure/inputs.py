@@ -174,7 +174,7 @@ def _extent(tensor: Tensor) -> range:
 
 
 @contextmanager
-def _holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Put other tensors into every place that holds a parameter or buffer; the originals come back at the end.
 
     ``torch.func.functional_call`` does not restore a module that is registered under two names.
@@ -203,7 +203,7 @@ def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Input
         InvalidInputs: The model does not run on these inputs.
     """
     try:
-        with _holding(model, state):
+        with holding(model, state):
             return model(*inputs.args, **inputs.kwargs)
     except Exception as error:
         advice = "Pass inputs for which model(*inputs) works."

@@ -43,7 +43,7 @@ from secateur.structure.rules import apply_rule
 from secateur.structure.solve import solve
 from secateur.structure.structure import Structure
 from secateur.structure.tracer import OpCall, Tracer
-from secateur.structure.weightless import KnownValues, weightless
+from secateur.structure.weightless import KnownValues
 
 OTHER_RUNS = 16
 """How many are tried to reach parameters that the example inputs do not reach, where the path depends on values."""
@@ -102,10 +102,7 @@ def _tensors_of(model: nn.Module, inputs: Inputs) -> Iterator[tuple[dict[str, Te
         yield {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}, inputs
         return
     with KnownValues() as known:
-        yield (
-            {n: weightless(t) if isinstance(t, nn.Parameter) else known.hide(t) for n, t in state.items()},
-            known.hide_all(inputs),
-        )
+        yield known.hide_state(model), known.hide_all(inputs)
 
 
 def _follow_aliases(
