@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.structure.inputs import Inputs, holding, undisturbed
+from secateur.structure.inputs import Inputs, holding, modules_of, undisturbed
 from secateur.structure.origins import Origins, change, read_origins, write_harmlessly
 from secateur.structure.plan import Plan
 from secateur.structure.provenance import Attribute, TracedInt, read_attribute, traced_attributes
@@ -132,7 +132,7 @@ def _record_all(shapes: dict[Attribute, torch.Size], model: nn.Module, inputs: I
 def _described(model: nn.Module) -> Iterator[tuple[Attribute, nn.Module]]:
     """Yield the places in `feature_info` that count channels, with the modules that return them."""
     entries = getattr(model, "feature_info", None)
-    names = dict(model.named_modules())
+    names = dict(modules_of(model))
     for i, entry in enumerate(entries if isinstance(entries, list) else ()):
         if isinstance(entry, dict) and entry.get("module") in names and isinstance(entry.get("num_chs"), int):
             yield Attribute("", f"feature_info.{i}.num_chs"), names[entry["module"]]

@@ -21,6 +21,9 @@ from secateur.structure.verify import Verification, proof_dtypes, random_cycle, 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
+FEWEST_IN_ORDER = 4
+"""So many units of each axis stay in a trial cut that is to say something about their order, too."""
+
 
 def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> tuple[Verification, Structure]:
     """Return the proof of a cut; if it fails, also the structure with the axes frozen that are to blame."""
@@ -131,11 +134,12 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
 def _proved_at_once(model: nn.Module, structure: Structure, seed: int = 0) -> bool:
     """Return whether a trial cut computes what the masked network does even when its units come in another order.
 
-    That takes less than half of the time of one proof after the other. It says nothing about axes of which one unit
-    would stay, because one unit has no order.
+    That takes less than half of the time of one proof after the other. Two axes that the analysis takes for different
+    ones, wrongly, do not show where by chance the same of their units stay, in the same order: one time in six with
+    four units each, as in a permutation of four; one time in 420 with eight. So narrow axes are proved step by step.
     """
     kept = half_of_each(structure, [axis.name for axis in structure.prunable], seed)
-    if not kept or min(int(mask.sum()) for mask in kept.values()) < 2:
+    if not kept or min(int(mask.sum()) for mask in kept.values()) < FEWEST_IN_ORDER:
         return False
     generator = torch.Generator().manual_seed(seed)
     orders = {structure.axis(name).leaf: _reordered(mask, generator) for name, mask in kept.items()}

@@ -31,6 +31,7 @@ from secateur.structure.inputs import (
     aliases_of,
     as_inputs,
     call_with_state,
+    modules_of,
     output_tensors,
     redrawn,
     shuffled,
@@ -246,7 +247,7 @@ class _FunctionMode(TorchFunctionMode):
 @contextmanager
 def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Know the running module, see through the Python functions of ``torch.nn.functional``, follow attributes."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules_of(model)}
 
     def enter(module: nn.Module, args: Any) -> None:
         tracer.modules.append(names.get(module, type(module).__name__))
