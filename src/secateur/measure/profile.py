@@ -89,8 +89,10 @@ def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[st
     """
     inputs = as_inputs(example_inputs, example_kwargs)
     try:
-        with KnownValues() as known:
-            return _count(model, known.hide_state(model), known.hide_all(inputs))
+        known = KnownValues()
+        state, given = known.hide_state(model), known.hide_all(inputs)
+        with known:
+            return _count(model, state, given)
     except InvalidInputs:
         state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
         return _count(model, state, inputs)

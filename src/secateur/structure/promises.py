@@ -107,9 +107,11 @@ class _Compared(TracedInt):
 def _shapes(model: nn.Module, inputs: Inputs) -> Shapes:
     """Return the shapes, worked out without memory unless the code asks for values."""
     shapes: dict[Attribute, torch.Size] = {}
+    known = KnownValues()
+    state, given = known.hide_state(model), known.hide_all(inputs)
     try:
-        with KnownValues() as known, holding(model, known.hide_state(model)):
-            _record_all(shapes, model, known.hide_all(inputs))
+        with known, holding(model, state):
+            _record_all(shapes, model, given)
     except Exception:  # values were asked for, or there is no such method: not every model has every one
         with suppress(Exception):
             _record_all(shapes, model, inputs)

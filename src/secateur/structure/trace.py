@@ -102,8 +102,10 @@ def _tensors_of(model: nn.Module, inputs: Inputs) -> Iterator[tuple[dict[str, Te
     if not any(tensor.is_meta for tensor in state.values()):
         yield {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}, inputs
         return
-    with KnownValues() as known:
-        yield known.hide_state(model), known.hide_all(inputs)
+    known = KnownValues()
+    hidden = known.hide_state(model), known.hide_all(inputs)
+    with known:
+        yield hidden
 
 
 def _follow_aliases(

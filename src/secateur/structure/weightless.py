@@ -210,10 +210,10 @@ def computation(model: nn.Module, inputs: Inputs) -> Computation:
     Raises:
         InvalidInputs: The model's code needs the values of its parameters.
     """
-    with KnownValues() as known, undisturbed(model):
-        state, given = known.hide_state(model), known.hide_all(inputs)
-        computed = Computation([*state.values(), *given.tensors()])
-        with computed:
-            output = call_with_state(model, state, given)
-        computed.note(output_tensors(output))
+    known = KnownValues()
+    state, given = known.hide_state(model), known.hide_all(inputs)
+    computed = Computation([*state.values(), *given.tensors()])
+    with undisturbed(model), known, computed:
+        output = call_with_state(model, state, given)
+    computed.note(output_tensors(output))
     return computed
