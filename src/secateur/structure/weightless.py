@@ -54,10 +54,10 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors_in((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if not all(t in self._values or not t.is_meta for t in tensors):
             self._forget_written(func, args)
-            return _shaped(func, args, kwargs)
+            return shaped(func, args, kwargs)
         value = func(*tree_map(self._reveal, args), **tree_map(self._reveal, kwargs))
         device = kwargs.get("device")
         stays = any(t.is_meta for t in tensors) if device is None else torch.device(device).type == "meta"
@@ -90,18 +90,18 @@ class KnownValues(TorchDispatchMode):
 # ------------------------------------------------------------------------------------------- shapes, remembered
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in the arguments of an operation."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors_in(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
 
 
-def _shaped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def shaped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what an operation returns on tensors without memory.
 
     It follows from the shapes, so an operation that was asked before is not asked again: the layers of a network are
@@ -189,7 +189,7 @@ class Computation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note((func, args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        self.number(_tensors_in(result))
+        self.number(tensors_in(result))
         return result
 
     def same(self, other: Computation) -> bool:
