@@ -52,6 +52,8 @@ class Products:
         """PyTorch picks operations by layouts, so where one is not certain, the operation runs."""
         if name not in PRODUCTS or not any(map(self._is_parameter, tensors)) or any(t.is_meta for t in tensors):
             return False
+        if len({tensor.dtype for tensor in tensors}) > 1:  # an error, which tensors without memory do not raise
+            return False
         return name != "convolution" or all(
             tensor.is_contiguous() and suggest_memory_format(tensor) is torch.contiguous_format for tensor in tensors
         )

@@ -71,9 +71,9 @@ def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int
         if not tensor.is_floating_point():
             state[name] = tensor.clone()
         elif name in structure.parameters:
-            # PyTorch picks the operations of a linear layer by this flag, even without gradients.
+            # PyTorch picks the operations of a linear layer by this flag, even without gradients, and of a view's base.
             redrawn = pools.window(tensor) if _is_large(tensor) else _redraw_parameter(tensor, dtype, generator)
-            state[name] = redrawn.requires_grad_(tensor.requires_grad)
+            state[name] = redrawn.detach().requires_grad_(tensor.requires_grad)
         else:
             state[name] = _redraw_buffer(tensor, dtype, generator)
     return state
