@@ -68,9 +68,10 @@ def test_looking_at_the_inputs_alone_needs_no_products():
     class Checked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(5, 8)
+            self.a = nn.Linear(5, 5)
 
         def forward(self, x):
-            return self.a(x if x.abs().sum() > 0 else x + 1)
+            y = self.a(x) * x
+            return self.a(y if x.abs().sum() > 0 else y + 1)
 
     assert tracing._traced(Checked().eval(), as_inputs(torch.randn(4, 5)), leave_out=True) is not None

@@ -44,7 +44,8 @@ class Products:
             if not unknown:
                 return result
             self.missed = self.missed or not READS.isdisjoint(func.tags)
-            self._unknown.update(map(_memory, tensors))  # some of them may have been written to
+            if func._schema.is_mutable:
+                self._unknown.update(map(_memory, tensors))
         self._unknown.update(map(_memory, tensors_in(result)))
         return result
 

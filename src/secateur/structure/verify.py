@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,25 +97,25 @@ class _Pools:
     """Generic values for large parameters: windows on a few long vectors, because writing as many takes longer.
 
     There is one vector for each size of the values. It repeats itself after a prime number of entries, and windows
-    begin at random places of the period, so that neither two slices of a window nor two windows are alike.
+    begin at different, random places of the period, so that neither two slices of a window nor two windows are alike.
     """
 
     ALIGNED = 16
     """Windows begin at multiples of so many entries: some operations take a slower path elsewhere."""
 
     def __init__(self, dtype: torch.dtype, generator: torch.Generator, tensors: Iterable[Tensor]) -> None:
-        self._generator = generator
         lengths: dict[tuple[int, torch.device], int] = {}
         for tensor in filter(_is_large, tensors):
             key = _fan_in(tensor), tensor.device
             lengths[key] = max(lengths.get(key, 0), PERIOD + tensor.numel())
+        self._begins = cycle(torch.randperm(PERIOD // self.ALIGNED, generator=generator).tolist() if lengths else [])
         noise = torch.randn(PERIOD, generator=generator) if lengths else torch.empty(0)
         self._vectors = {key: _repeated(noise * key[0] ** -0.5, n).to(key[1], dtype) for key, n in lengths.items()}
 
     def window(self, tensor: Tensor) -> Tensor:
         """Return values for a large parameter, in its layout."""
         like = _like(tensor)
-        begin = int(torch.randint(PERIOD // self.ALIGNED, (1,), generator=self._generator)) * self.ALIGNED
+        begin = self.ALIGNED * next(self._begins)
         return self._vectors[_fan_in(tensor), tensor.device].as_strided(like.shape, like.stride(), begin)
 
 
