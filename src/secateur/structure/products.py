@@ -41,7 +41,8 @@ class Products:
         else:
             unknown = any(map(self.follows, tensors))
             result = func(*args, **kwargs)
-            if not unknown:
+            if not unknown:  # its memory may have been that of another tensor, which is gone
+                self._unknown.difference_update(map(_memory, tensors_in(result)))
                 return result
             self.missed = self.missed or not READS.isdisjoint(func.tags)
             if func._schema.is_mutable:
