@@ -14,7 +14,7 @@ from secateur.structure import rules
 from secateur.structure.dims import leaf
 from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
-from secateur.structure.prove import prove_cut, proved_structure
+from secateur.structure.prove import _proved_at_once, half_of_each, prove_cut, proved_structure
 from secateur.structure.tracer import OpCall
 from secateur.structure.verify import _permutation_error, random_cycle, redraw
 from secateur.testing.toys import toy
@@ -58,8 +58,10 @@ def _swap_last_two(original):
 def test_a_rule_that_forgets_is_caught_by_permutation(monkeypatch, operation, network):
     monkeypatch.setitem(rules.all_rules(), operation, _forget_to_unify)
     model, x = toy(network)
-    verification = sc.trace(model, x).verify(model)
+    structure = sc.trace(model, x)
+    verification = structure.verify(model)
     assert not verification.ok and verification.failed
+    assert not _proved_at_once(model, structure)
 
 
 def test_a_rule_that_swaps_dims_is_caught(monkeypatch):
@@ -212,7 +214,7 @@ def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
 
 
 class Chaotic(nn.Module):
-    """Amplifies any difference, rounding too, layer by layer, as long as the scales are above 1."""
+    """Amplifies any difference, rounding too, layer by layer, unless the scales are well below 1."""
 
     def __init__(self, depth=60):
         super().__init__()
@@ -221,7 +223,7 @@ class Chaotic(nn.Module):
 
     def forward(self, x):
         for layer, scale in zip(self.layers, self.scales, strict=True):
-            x = torch.sin(1.6 * scale * layer(x))
+            x = torch.sin(1.8 * scale * layer(x))
         return x
 
 
@@ -235,3 +237,79 @@ def test_a_network_that_amplifies_rounding_is_judged_where_it_does_not():
     wrong = structure.tensors["scales.0"]
     structure.tensors["scales.0"], structure.tensors["scales.1"] = structure.tensors["scales.1"], wrong
     assert not structure.verify(model).ok
+
+
+class Mixed(nn.Module):
+    """Sums up units in their order, which no cut shows: absent units add nothing."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x).cumsum(-1))
+
+
+def test_a_trial_cut_in_another_order_shows_what_a_cut_does_not(monkeypatch):
+    def sums_units_whatever_their_order(call: OpCall) -> None:
+        call.tracer.consume("self", call["self"], [1])
+        call.tracer.follow(call.out, call["self"], call.tracer.dims(call["self"]))
+
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+    model, x = Mixed(16).eval(), torch.randn(3, 5)
+    structure = sc.trace(model, x)
+    assert prove_cut(model, structure, half_of_each(structure, ["first"], 0)).ok
+    assert not structure.verify(model).ok
+    assert not _proved_at_once(model, structure)
+    assert not proved_structure(model, x).prunable
+
+
+@pytest.mark.parametrize(("width", "enough"), [(7, False), (8, True)])
+def test_an_order_of_few_units_proves_nothing(width, enough):
+    model, x = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 2)).eval(), torch.randn(3, 5)
+    assert _proved_at_once(model, sc.trace(model, x)) is enough
+    assert [axis.size for axis in proved_structure(model, x).prunable] == [width]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_parameters_are_redrawn_alike_in_all_but_values(dtype):
+    layers = [nn.Linear(400, 400), nn.Linear(400, 400), nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)]
+    model = nn.ModuleList(layers)
+    model[0].weight.requires_grad_(False)
+    state = redraw(model, Structured({name for name, _ in model.named_parameters()}), dtype)
+    for name, parameter in model.named_parameters():
+        drawn = state[name]
+        assert (drawn.shape, drawn.stride(), drawn.dtype) == (parameter.shape, parameter.stride(), dtype)
+        assert drawn.requires_grad == parameter.requires_grad and drawn.is_leaf and not drawn._is_view()
+    one, other, kernel = (state[f"{i}.weight"].detach() for i in range(3))
+    assert len(torch.cat([one, other]).unique(dim=0)) == 800  # no two rows are alike, nor columns
+    assert len(torch.cat([one, other], 1).unique(dim=1).T) == 800
+    for weight, fan_in in ((one, 400), (kernel, 64 * 9)):
+        assert weight.std() * fan_in**0.5 == pytest.approx(1, abs=0.02)
+
+
+class Structured:
+    """What `redraw` asks of a structure."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+
+def test_a_deep_residual_stack_is_verified_in_float32():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                *(module for _ in range(3) for module in (nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()))
+            )
+
+        def forward(self, x):
+            return x + self.layers(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block() for _ in range(192)), nn.Conv2d(8, 2, 1)).eval()
+    structure = sc.trace(model, torch.randn(1, 3, 4, 4))
+    names = [axis.name for axis in structure.prunable]
+    assert _permutation_error(model, structure, names, torch.float32, 0) < 1e-5
+    first, second = "1.layers.1.weight", "1.layers.4.weight"  # the earliest mistake still shows
+    structure.tensors[first], structure.tensors[second] = structure.tensors[second], structure.tensors[first]
+    assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3

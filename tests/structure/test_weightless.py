@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.errors import InvalidInputs
 from secateur.measure.profile import count_macs
-from secateur.structure.weightless import KnownValues
+from secateur.structure.inputs import as_inputs, modules_of, state_of
+from secateur.structure.weightless import KnownValues, computation, shaped
 
 
 class Block(nn.Module):
@@ -157,3 +158,43 @@ def test_a_twin_whose_structure_fails_its_proof_says_so(monkeypatch):
     assert not found.ok and found.max_error > 1e-4
     monkeypatch.undo()
     assert not sc.verify_by_twin(wrong, twin, x).ok and sc.verify_by_twin(structure, twin, x).ok
+
+
+@pytest.mark.parametrize("number", [1, 1.0, True])
+def test_remembered_shapes_are_those_of_the_operation(number):
+    x = torch.empty(4, 3, dtype=torch.int32, device="meta")
+    for _ in range(2):
+        found, expected = shaped(torch.ops.aten.mul.Tensor, (x, number), {}), x * number
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    view = shaped(torch.ops.aten.t.default, (x,), {})
+    assert view._base is x and view.stride() == (1, 3)
+
+
+class Scaled(nn.Module):
+    """Keeps one number that it computes with, and one that it does not."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer, self.width, self.note = nn.Linear(width, width), width, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.tensor(self.width) ** -0.5
+
+
+@pytest.mark.parametrize(("name", "same"), [("note", True), ("width", False)])
+def test_a_computation_is_the_same_if_operations_and_constants_are(name, same):
+    model, x = Scaled(6).eval(), as_inputs(torch.randn(2, 6))
+    before = computation(model, x)
+    setattr(model, name, 5)
+    assert computation(model, x).same(before) is same
+
+
+def test_modules_and_state_have_the_names_and_the_order_of_pytorch():
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(shared, nn.BatchNorm1d(3)), "b": shared, "c": nn.Sequential(nn.Linear(3, 3))}
+    )
+    model["c"][0].weight = shared.weight
+    assert modules_of(model) == list(model.named_modules())
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    assert list(state_of(model)) == names

@@ -22,7 +22,7 @@ from secateur.measure.conditional import shares_taken
 from secateur.structure.gated import gates_of
 from secateur.structure.inputs import Inputs, as_inputs, call_with_state, state_of, undisturbed
 from secateur.structure.operations import bind, operation_name
-from secateur.structure.weightless import KnownValues, weightless
+from secateur.structure.weightless import KnownValues
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def count_macs(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[st
     Shapes are enough to count, so the call runs on tensors without memory, unless the model's code asks for values.
     """
     inputs = as_inputs(example_inputs, example_kwargs)
-    tensors = state_of(model)
     try:
-        with KnownValues() as known:
-            state = {n: weightless(t) if isinstance(t, nn.Parameter) else known.hide(t) for n, t in tensors.items()}
-            return _count(model, state, known.hide_all(inputs))
+        known = KnownValues()
+        state, given = known.hide_state(model), known.hide_all(inputs)
+        with known:
+            return _count(model, state, given)
     except InvalidInputs:
-        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in tensors.items()}
+        state = {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state_of(model).items()}
         return _count(model, state, inputs)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from pydantic import Field
+from torch import Tensor
 
 from secateur.core.context import Context
 from secateur.core.method import Method
@@ -29,9 +32,25 @@ class Magnitude(Criterion):
         weights = context.weights
         if context.units.shapes == {name: weight.shape for name, weight in weights.items()}:
             return {name: weight.abs() for name, weight in weights.items()}
-        powers = context.sum_over_units({name: weight.abs() ** self.p for name, weight in weights.items()})
+        powers = context.sum_over_units(_Powers(weights, self.p))
         norms = {group: total ** (1 / self.p) for group, total in powers.items()}
         return {group: norm / norm.mean().clamp_min(1e-30) for group, norm in norms.items()}
+
+
+class _Powers(Mapping[str, Tensor]):
+    """|w|^p of each weight, worked out when it is asked for: all at once would take as much memory as the model."""
+
+    def __init__(self, weights: Mapping[str, Tensor], p: float) -> None:
+        self._weights, self._p = weights, p
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].abs().pow_(self._p)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 METHOD = Method("magnitude", Recipe(criterion=Magnitude()))

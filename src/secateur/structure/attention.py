@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.structure.inputs import modules_of
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose heads, query/key widths and value widths are independent of the embedding.
@@ -126,7 +128,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def open_attention(model: nn.Module) -> None:
     """Let every attention layer of PyTorch's run as ours; mutates `model`."""
-    for module in model.modules():
+    for _, module in modules_of(model):
         if type(module) is nn.MultiheadAttention:
             scale = module.head_dim**-0.5
             module.__class__ = MultiheadAttention
@@ -135,7 +137,7 @@ def open_attention(model: nn.Module) -> None:
 
 def close_attention(model: nn.Module) -> None:
     """Give every attention layer back to PyTorch's class if that can express its widths; mutates `model`."""
-    for module in model.modules():
+    for _, module in modules_of(model):
         if type(module) is MultiheadAttention and _is_ordinary(module):
             _close(module)
         if isinstance(module, nn.TransformerEncoder) and not all(map(_is_fused, module.layers)):
@@ -145,7 +147,7 @@ def close_attention(model: nn.Module) -> None:
 @contextmanager
 def opened_attention(model: nn.Module) -> Iterator[None]:
     """Let PyTorch's attention layers run as ours while the block runs."""
-    modules = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
+    modules = [module for _, module in modules_of(model) if type(module) is nn.MultiheadAttention]
     try:
         open_attention(model)
         yield

@@ -91,8 +91,16 @@ def _along(mask: Tensor, position: int, x: Tensor) -> Tensor:
 def _filled(x: Tensor, masks: Masks, fill: float) -> Tensor:
     x = x.detach().clone()  # keeps the memory layout, on which PyTorch's choice of operations depends
     for position, mask in masks.items():
-        x.masked_fill_(~_along(mask, position, x), fill)
+        kept = _along(mask, position, x)
+        if fill == 0 and x.dtype in _BITS:  # several times as fast, and zero whatever was there
+            x.view(_BITS[x.dtype]).bitwise_and_(-kept.to(_BITS[x.dtype]))
+        else:
+            x.masked_fill_(~kept, fill)
     return x
+
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Integers of the same size: -1 has all bits set, 0 none, and no bits are the number 0.0."""
 
 
 def _weights(x: Tensor, masks: Masks) -> Tensor:

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.structure.inputs import Inputs, undisturbed
+from secateur.structure.inputs import Inputs, holding, modules_of, undisturbed
 from secateur.structure.origins import Origins, change, read_origins, write_harmlessly
 from secateur.structure.plan import Plan
 from secateur.structure.provenance import Attribute, TracedInt, read_attribute, traced_attributes
 from secateur.structure.structure import Structure
 from secateur.structure.surgery import skeleton
+from secateur.structure.weightless import KnownValues
 
 Shapes = Mapping[Attribute, torch.Size]
 """For integers that count channels, the shape of the tensor whose channels they count."""
@@ -104,8 +105,21 @@ class _Compared(TracedInt):
 
 
 def _shapes(model: nn.Module, inputs: Inputs) -> Shapes:
+    """Return the shapes, worked out without memory unless the code asks for values."""
     shapes: dict[Attribute, torch.Size] = {}
-    with undisturbed(model), ExitStack() as stack, suppress(Exception):  # not every model has every method
+    known = KnownValues()
+    state, given = known.hide_state(model), known.hide_all(inputs)
+    try:
+        with known, holding(model, state):
+            _record_all(shapes, model, given)
+    except Exception:  # values were asked for, or there is no such method: not every model has every one
+        with suppress(Exception):
+            _record_all(shapes, model, inputs)
+    return {place: shape for place, shape in shapes.items() if _exists(model, place)}
+
+
+def _record_all(shapes: dict[Attribute, torch.Size], model: nn.Module, inputs: Inputs) -> None:
+    with undisturbed(model), ExitStack() as stack:
         for place, module in _described(model):
             handle = module.register_forward_hook(
                 lambda module, args, output, place=place: _record(shapes, place, output)
@@ -115,13 +129,12 @@ def _shapes(model: nn.Module, inputs: Inputs) -> Shapes:
         _record(shapes, Attribute("", "num_features"), features)
         hidden = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         _record(shapes, Attribute("", "head_hidden_size"), hidden)
-    return {place: shape for place, shape in shapes.items() if _exists(model, place)}
 
 
 def _described(model: nn.Module) -> Iterator[tuple[Attribute, nn.Module]]:
     """Yield the places in `feature_info` that count channels, with the modules that return them."""
     entries = getattr(model, "feature_info", None)
-    names = dict(model.named_modules())
+    names = dict(modules_of(model))
     for i, entry in enumerate(entries if isinstance(entries, list) else ()):
         if isinstance(entry, dict) and entry.get("module") in names and isinstance(entry.get("num_chs"), int):
             yield Attribute("", f"feature_info.{i}.num_chs"), names[entry["module"]]

@@ -7,17 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import PlanMismatch, SecateurError
+from secateur.structure.dims import Dim, order_under
 from secateur.structure.inputs import call_with_state, relative_error, undisturbed
 from secateur.structure.masked import run_masked
+from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.surgery import apply_plan, make_plan, skeleton
 from secateur.structure.trace import trace
-from secateur.structure.verify import Verification, proof_dtypes, redraw
+from secateur.structure.verify import Verification, proof_dtypes, random_cycle, redraw
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+FEWEST_IN_ORDER = 4
+"""So many units of each axis stay in a trial cut that is to say something about their order, too."""
 
 
 def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> tuple[Verification, Structure]:
@@ -54,9 +59,17 @@ def _judged(errors: Errors) -> Verification:
 
 
 def _cut_errors(
-    model: nn.Module, structure: Structure, kept: Kept, seed: int, dtypes: Sequence[torch.dtype] = ()
+    model: nn.Module,
+    structure: Structure,
+    kept: Kept,
+    seed: int,
+    dtypes: Sequence[torch.dtype] = (),
+    orders: Mapping[Dim, Tensor] | None = None,
 ) -> Errors:
-    """Return the error in each type, up to the first that proves the cut or shows that the network does not run."""
+    """Return the error in each type, up to the first that proves the cut or shows that the network does not run.
+
+    With `orders`, the cut network has the units of these axes in another order than the masked one.
+    """
     dtypes = dtypes or proof_dtypes(model)
     errors: dict[torch.dtype, float] = {}
     plan = make_plan(structure, kept)
@@ -71,7 +84,7 @@ def _cut_errors(
         inputs = structure.inputs.to(dtype)
         try:  # one after the other: where the model draws random numbers, both draw the same
             with undisturbed(small):
-                found = call_with_state(small, plan.slice_state(state), inputs)
+                found = call_with_state(small, _sliced(state, structure, plan, orders or {}), inputs)
             with undisturbed(model):
                 expected = run_masked(model, structure, kept, state, inputs)
             errors[dtype] = relative_error(found, expected)
@@ -82,13 +95,29 @@ def _cut_errors(
     return errors
 
 
+def _sliced(
+    state: Mapping[str, Tensor], structure: Structure, plan: Plan, orders: Mapping[Dim, Tensor]
+) -> dict[str, Tensor]:
+    """Return the part of a state that remains, with the units of some axes in another order."""
+    if not orders:
+        return plan.slice_state(state)
+    found = dict(state)
+    for name in plan.tensors:
+        for position, (dim, index) in enumerate(zip(structure.tensors[name], plan.indices(name), strict=True)):
+            if index is not None:
+                found[name] = found[name].index_select(position, order_under(dim, orders)[index].to(found[name].device))
+    return found
+
+
 def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
     """Return the structure of `model` with every axis frozen that cannot be proved.
 
     The analysis is verified by permutation, and then a trial cut of half of every axis is compared with the masked
-    network. Axes that fail either proof are frozen, with that reason.
+    network. Axes that fail either proof are frozen, with that reason. First both are tried at once.
     """
     structure = trace(model, example_inputs)
+    if _proved_at_once(model, structure, seed):
+        return structure
     verification = structure.verify(model, seed)
     reason = verification.reason or "permuting it changed the output"
     structure = structure.frozen(dict.fromkeys(verification.failed, reason))
@@ -100,6 +129,28 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
         seed,
     )
     return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
+
+
+def _proved_at_once(model: nn.Module, structure: Structure, seed: int = 0) -> bool:
+    """Return whether a trial cut computes what the masked network does even when its units come in another order.
+
+    That takes less than half of the time of one proof after the other. Two axes that the analysis takes for different
+    ones, wrongly, do not show where by chance the same of their units stay, in the same order: one time in six with
+    four units each, as in a permutation of four; one time in 420 with eight. So narrow axes are proved step by step.
+    """
+    kept = half_of_each(structure, [axis.name for axis in structure.prunable], seed)
+    if not kept or min(int(mask.sum()) for mask in kept.values()) < FEWEST_IN_ORDER:
+        return False
+    generator = torch.Generator().manual_seed(seed)
+    orders = {structure.axis(name).leaf: _reordered(mask, generator) for name, mask in kept.items()}
+    return _judged(_cut_errors(model, structure, kept, seed, orders=orders)).ok
+
+
+def _reordered(kept: Tensor, generator: torch.Generator) -> Tensor:
+    """Return an order in which every kept unit takes the place of another one."""
+    order, places = torch.arange(kept.numel()), kept.nonzero().flatten()
+    order[places] = places[random_cycle(places.numel(), generator)]
+    return order
 
 
 def proved_depth(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:

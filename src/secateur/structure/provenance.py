@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.structure.dims import Dim, size_under
+from secateur.structure.inputs import modules_of
 
 
 @dataclass(frozen=True)
@@ -187,16 +188,19 @@ def _namespaces(model: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
         seen.add(id(holder))
         yield path, prefix, vars(holder)
         for name, value in list(vars(holder).items()):
-            if is_settings(value) and not name.startswith("_"):
+            if not name.startswith("_") and is_settings(value):
                 yield from visit(path, f"{prefix}{name}.", value)
 
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         yield from visit(path, "", module)
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), dict, list, tuple, set})
 
 
 def is_settings(value: Any) -> bool:
     """Return whether a value is an object that could hold settings: a configuration, a namespace, a dataclass."""
-    if isinstance(value, nn.Module | Tensor | type | Enum | ModuleType) or callable(value):
+    if type(value) in _PLAIN or isinstance(value, nn.Module | Tensor | type | Enum | ModuleType) or callable(value):
         return False
     return hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 

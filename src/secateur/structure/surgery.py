@@ -20,7 +20,7 @@ from secateur.structure.attention import close_attention, open_attention
 from secateur.structure.dims import size_under
 from secateur.structure.dropped import Dropped
 from secateur.structure.gated import GatedConv2d
-from secateur.structure.inputs import aliases_of, state_of
+from secateur.structure.inputs import aliases_of, modules_of, state_of
 from secateur.structure.plan import (
     AttributeChange,
     AxisCut,
@@ -146,7 +146,7 @@ def _computed_names(kind: type) -> list[str]:
 
 def replace_tensors(model: nn.Module, replaced: Mapping[int, Tensor]) -> None:
     """Put new parameters and buffers in the places of old ones, by the ``id`` of the old; mutates `model`."""
-    for module in model.modules():
+    for _, module in modules_of(model):
         for own in (module._parameters, module._buffers):
             tensors: dict[str, Any] = own
             for name, old in tensors.items():
@@ -221,7 +221,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 "Pass the constructor of the network that was pruned, with the same settings."
             )
     for drop in plan.dropped:
-        if drop.module not in dict(model.named_modules()):
+        if drop.module not in dict(modules_of(model)):
             raise PlanMismatch(
                 f"The plan does not fit this model: it drops the module {drop.module!r}, and there is none. "
                 "Pass the constructor of the network that was pruned, with the same settings."
@@ -241,7 +241,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_gates(model: nn.Module, plan: Plan) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     expected = {gate.convolution: nn.Conv2d for gate in plan.gated} | {gate.norm: nn.BatchNorm2d for gate in plan.gated}
     for path, kind in expected.items():
         if not isinstance(modules.get(path), kind):
@@ -264,7 +264,7 @@ def layer_size(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
 
 
 def _repair_layers(model: nn.Module) -> None:
-    for module in model.modules():
+    for _, module in modules_of(model):
         for layer, attribute, tensor, dim in reversed(_LAYER_SIZES):
             value = getattr(module, tensor, None) if isinstance(module, layer) else None
             if isinstance(value, Tensor):

@@ -8,7 +8,7 @@ follows integers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +31,7 @@ from secateur.structure.inputs import (
     aliases_of,
     as_inputs,
     call_with_state,
+    modules_of,
     output_tensors,
     redrawn,
     shuffled,
@@ -38,12 +39,13 @@ from secateur.structure.inputs import (
     undisturbed,
 )
 from secateur.structure.operations import bind, operation_name
+from secateur.structure.products import Products
 from secateur.structure.provenance import TracedInt, traced_attributes
 from secateur.structure.rules import apply_rule
 from secateur.structure.solve import solve
 from secateur.structure.structure import Structure
 from secateur.structure.tracer import OpCall, Tracer
-from secateur.structure.weightless import KnownValues, weightless
+from secateur.structure.weightless import KnownValues
 
 OTHER_RUNS = 16
 """How many are tried to reach parameters that the example inputs do not reach, where the path depends on values."""
@@ -51,12 +53,15 @@ OTHER_RUNS = 16
 # Operations whose results let Python code take one path or another.
 _READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive"}
 
+# Functions by which values leave PyTorch.
+_TAKES_OUT = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"}
+
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Structure:
     """Return which slices of which tensors live and die together.
 
     The model runs once, in eval mode and without gradients; it is left as it was (parameters, buffers, modes,
-    random state).
+    random state). Its layers are not computed, unless the model's code looks at values that follow from them.
 
     A model on the meta device takes no memory and no computation: its inputs may have values or not.
 
@@ -69,7 +74,19 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         InvalidInputs: The model does not run on these inputs.
     """
     inputs = as_inputs(example_inputs, example_kwargs)
+    with suppress(InvalidInputs):  # with the layers' real results it may run
+        structure = _traced(model, inputs, leave_out=True)
+        if structure is not None:
+            return structure
+    structure = _traced(model, inputs, leave_out=False)
+    assert structure is not None
+    return structure
+
+
+def _traced(model: nn.Module, inputs: Inputs, leave_out: bool) -> Structure | None:
+    """Return the structure; None if layers were left out and the code has looked at what follows from them."""
     tracer = Tracer()
+    products = Products(tracer.parameter_of.__contains__) if leave_out else None
     with undisturbed(model), opened_attention(model), _tensors_of(model, inputs) as (state, given):
         tensors = {name: tracer.fresh(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
@@ -78,8 +95,10 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         for tensor in given.tensors():
             tracer.fresh(tensor, "input")
         tracer.history.begin(given.tensors())
-        with _followed(model, tracer), _FunctionMode(tracer), _OperationMode(tracer):
+        with _followed(model, tracer), _FunctionMode(tracer, products), _OperationMode(tracer, products):
             output = call_with_state(model, state, given)
+        if products is not None and products.missed:
+            return None
         results = output_tensors(output)
         results += _trace_other_paths(model, tracer, state, given, tensors)
         if not results:
@@ -102,11 +121,10 @@ def _tensors_of(model: nn.Module, inputs: Inputs) -> Iterator[tuple[dict[str, Te
     if not any(tensor.is_meta for tensor in state.values()):
         yield {name: t if isinstance(t, nn.Parameter) else t.clone() for name, t in state.items()}, inputs
         return
-    with KnownValues() as known:
-        yield (
-            {n: weightless(t) if isinstance(t, nn.Parameter) else known.hide(t) for n, t in state.items()},
-            known.hide_all(inputs),
-        )
+    known = KnownValues()
+    hidden = known.hide_state(model), known.hide_all(inputs)
+    with known:
+        yield hidden
 
 
 def _follow_aliases(
@@ -192,15 +210,17 @@ def _freeze_unused(unused: list[str], tracer: Tracer, tensors: Mapping[str, list
 class _OperationMode(TorchDispatchMode):
     """Runs each ATen operation and asks its rule."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, products: Products | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
+        self.products = products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs) if self.products is None else self.products.run(func, args, kwargs)
         name = operation_name(func)
         self.tracer.operations.append(name)
-        call = OpCall(self.tracer, name, bind(func, args, kwargs or {}), result)
+        call = OpCall(self.tracer, name, bind(func, args, kwargs), result)
         self.tracer.use(call.tensors())
         if name in _READS:
             self.tracer.read_data(call.tensors())
@@ -212,9 +232,10 @@ class _OperationMode(TorchDispatchMode):
 class _FunctionMode(TorchFunctionMode):
     """Remembers which Python call is running, and lets sizes that the code reads remember their dim."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, products: Products | None = None) -> None:
         super().__init__()
         self.tracer = tracer
+        self.products = products
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -223,6 +244,8 @@ class _FunctionMode(TorchFunctionMode):
             return self._read_size(func(*args, **kwargs), args[0], args[1:] or tuple(kwargs.values()))
         if name in ("tolist", "numpy"):
             self.tracer.read_data(args[:1])
+        if name in _TAKES_OUT and self.products is not None and self.products.follows(args[0]):
+            self.products.missed = True
         call = FunctionCall(name, args, kwargs)
         self.tracer.calls.append(call)
         try:
@@ -250,7 +273,7 @@ class _FunctionMode(TorchFunctionMode):
 @contextmanager
 def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Know the running module, see through the Python functions of ``torch.nn.functional``, follow attributes."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules_of(model)}
 
     def enter(module: nn.Module, args: Any) -> None:
         tracer.modules.append(names.get(module, type(module).__name__))

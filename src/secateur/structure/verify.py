@@ -7,8 +7,9 @@ because freshly initialized ones (zero scales, equal running statistics) hide er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,39 +58,84 @@ def proof_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
 def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Return a generic state: random parameters of moderate size, random statistics, positive where they were.
 
-    In float32 scales are above 1, so that signals grow and no mistake is too small to be seen. Deep networks then
-    amplify rounding just as well. In float64, which judges what float32 could not, scales are below 1: rounding fades,
-    and the digits suffice for mistakes that fade too.
+    In float32 scales spread widely around 1: no mistake is too small to be seen, and deep networks do not overflow.
+    They may amplify rounding just as well. In float64, which judges what float32 could not, scales are below 1:
+    rounding fades, and the digits suffice for mistakes that fade too.
+
+    Large parameters share memory, so a model that writes to one is not proved.
     """
     generator = torch.Generator().manual_seed(seed)
+    tensors = state_of(model)
+    pools = _Pools(dtype, generator, [t for name, t in tensors.items() if name in structure.parameters])
     state = {}
-    for name, tensor in state_of(model).items():
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             state[name] = tensor.clone()
         elif name in structure.parameters:
-            # PyTorch picks the operations of a linear layer by this flag, even without gradients.
-            # So it does by their memory layout.
-            redrawn = _redraw_parameter(tensor, torch.empty_like(tensor, dtype=dtype), generator)
-            state[name] = redrawn.requires_grad_(tensor.requires_grad)
+            # PyTorch picks the operations of a linear layer by this flag, even without gradients, and of a view's base.
+            redrawn = pools.window(tensor) if _is_large(tensor) else _redraw_parameter(tensor, dtype, generator)
+            state[name] = redrawn.detach().requires_grad_(tensor.requires_grad)
         else:
             state[name] = _redraw_buffer(tensor, dtype, generator)
     return state
 
 
-def _redraw_parameter(tensor: Tensor, result: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill `result` with generic values of a size that suits `tensor`."""
-    noise = torch.randn(min(tensor.numel(), PERIOD), generator=generator)
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and tensor.numel() > PERIOD
+
+
+def _fan_in(tensor: Tensor) -> int:
+    return tensor.numel() // max(tensor.shape[0], 1)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory, in the layout that a copy would have: PyTorch picks operations by that, too."""
+    return torch.empty_like(tensor, device="meta")
+
+
+class _Pools:
+    """Generic values for large parameters: windows on a few long vectors, because writing as many takes longer.
+
+    There is one vector for each size of the values. It repeats itself after a prime number of entries, and windows
+    begin at different, random places of the period, so that neither two slices of a window nor two windows are alike.
+    """
+
+    ALIGNED = 16
+    """Windows begin at multiples of so many entries: some operations take a slower path elsewhere."""
+
+    def __init__(self, dtype: torch.dtype, generator: torch.Generator, tensors: Iterable[Tensor]) -> None:
+        lengths: dict[tuple[int, torch.device], int] = {}
+        for tensor in filter(_is_large, tensors):
+            key = _fan_in(tensor), tensor.device
+            lengths[key] = max(lengths.get(key, 0), PERIOD + tensor.numel())
+        self._begins = cycle(torch.randperm(PERIOD // self.ALIGNED, generator=generator).tolist() if lengths else [])
+        noise = torch.randn(PERIOD, generator=generator) if lengths else torch.empty(0)
+        self._vectors = {key: _repeated(noise * key[0] ** -0.5, n).to(key[1], dtype) for key, n in lengths.items()}
+
+    def window(self, tensor: Tensor) -> Tensor:
+        """Return values for a large parameter, in its layout."""
+        like = _like(tensor)
+        begin = self.ALIGNED * next(self._begins)
+        return self._vectors[_fan_in(tensor), tensor.device].as_strided(like.shape, like.stride(), begin)
+
+
+def _repeated(values: Tensor, length: int) -> Tensor:
+    return values.repeat(-(-length // len(values)))[:length]
+
+
+def _redraw_parameter(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Return generic values of a size that suits a small parameter."""
+    like = _like(tensor)
+    noise = torch.randn(tensor.numel(), generator=generator)
     if tensor.dim() >= 2:
-        noise.mul_(float(tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5)
+        noise *= max(_fan_in(tensor), 1) ** -0.5
+    elif not bool((tensor > 0).all()):
+        noise = 1 + noise / 2
+    elif dtype == torch.float64:
+        noise = 1 / (1 + noise.abs() / 2)
     else:
-        positive = bool((tensor > 0).all())
-        noise = torch.add(1, noise.abs() if positive else noise, alpha=0.5)
-        if positive and result.dtype == torch.float64:
-            noise = 1 / noise
-    in_memory_order = result.detach().as_strided((result.numel(),), (1,))
-    for part in in_memory_order.split(PERIOD):
-        part.copy_(noise[: part.numel()])
-    return result
+        noise = torch.exp(noise / 2 - 0.1)
+    return noise.to(tensor.device, dtype).as_strided(like.shape, like.stride())
 
 
 def _redraw_buffer(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -97,22 +98,30 @@ class ChannelUnits(CutUnits):
         An axis that no parameter consumes (query and key are multiplied with each other) is taken at its producers
         instead.
         """
-        device = next(iter(values.values())).device
-        return {axis.name: self._sum_over(axis, values, consumed).to(device) for axis in self.structure.prunable}
+        places = {axis.name: self._places(axis, values, consumed) for axis in self.structure.prunable}
+        positions: dict[str, set[int]] = defaultdict(set)
+        for name, position in (place for found in places.values() for place in found):
+            positions[name].add(position)
+        vectors: dict[tuple[str, int], Tensor] = {}
+        for name, value in values.items():  # each of them once: they may be worked out on the way
+            kind, device = value.dtype, value.device
+            for position in positions[name]:
+                others = [i for i in range(value.dim()) if i != position]
+                vectors[name, position] = (value.sum(others) if others else value).cpu()
+        sums: Scores = {}
+        for axis in self.structure.prunable:
+            total = torch.zeros(axis.size, dtype=kind)
+            for name, position in places[axis.name]:
+                index = unit_index(self.structure.tensors[name][position], axis.leaf)
+                inside = index >= 0
+                total.index_add_(0, index[inside], vectors[name, position][inside])
+            sums[axis.name] = total.to(device)
+        return sums
 
-    def _sum_over(self, axis: Axis, values: Mapping[str, Tensor], consumed: bool) -> Tensor:
+    def _places(self, axis: Axis, values: Mapping[str, Tensor], consumed: bool) -> list[tuple[str, int]]:
+        """Return the tensors and dims whose entries count for an axis."""
         places = [(name, position) for name, position in axis.members if name in values]
-        if consumed:
-            places = [place for place in places if self.consumes(*place)] or places
-        total = torch.zeros(axis.size, dtype=next(iter(values.values())).dtype)
-        for name, position in places:
-            value = values[name]
-            others = [i for i in range(value.dim()) if i != position]
-            vector = value.sum(others) if others else value
-            index = unit_index(self.structure.tensors[name][position], axis.leaf)
-            inside = index >= 0
-            total.index_add_(0, index[inside], vector.cpu()[inside])
-        return total
+        return ([place for place in places if self.consumes(*place)] or places) if consumed else places
 
     def consumes(self, name: str, position: int) -> bool:
         """Return whether an operation sums over this dim of this parameter."""
