@@ -29,8 +29,8 @@ HALFWAY = {"name": "cubic", "steps": 2, "start": 0.3, "end": CUT_AT / STEPS}  # 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    # A bias in front of batch normalization has no gradient but rounding, of which Adam makes steps of up to lr / eps times
-    # its size: 1e6 with the usual eps.
+    # A bias in front of batch normalization has no gradient but rounding, and Adam's steps are up to lr / eps times its
+    # size: 1e6 times with the usual eps.
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, eps=1e-4),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
