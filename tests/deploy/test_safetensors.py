@@ -31,6 +31,17 @@ def test_a_loaded_network_computes_the_same(tmp_path, name):
     assert all(not p.is_meta for p in (*again.parameters(), *again.buffers()))
 
 
+def test_a_loaded_network_does_not_depend_on_the_file(tmp_path):
+    model, x = toy("mobilenet")
+    path = tmp_path / "m.safetensors"
+    sc.save(sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.5)), path)
+    loaded = sc.load(path, build=NETWORKS["mobilenet"][0])
+    assert all(value.data_ptr() % 64 == 0 for value in loaded.state_dict().values())
+    before = loaded(x)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(loaded(x), before)
+
+
 def test_a_new_process_needs_only_the_file_and_the_constructor(tmp_path):
     result, x = pruned("mobilenet")
     sc.save(result, tmp_path / "small.safetensors")

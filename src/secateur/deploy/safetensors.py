@@ -142,7 +142,8 @@ def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"The file does not fit the model that was built: {name!r} has shape {tuple(tensors[name].shape)} "
                 f"in the file and {tuple(old.shape)} in the model. Pass the constructor of the network that was pruned."
             )
-        new = tensors[name]
+        # In memory of its own: the file may change, and kernels round otherwise where tensors begin at odd addresses.
+        new = tensors[name].clone()
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     whole, _ = aliases_of(model)
     replace_tensors(model, replaced)
