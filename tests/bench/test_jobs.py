@@ -34,6 +34,8 @@ def test_a_job_measures_the_pruned_network_and_can_be_repeated(place, tmp_path):
     assert measured.reached == pytest.approx(measured.after.macs / measured.before.macs)
     assert measured.proof < 1e-5 and all(after <= before for before, after in measured.widths.values())
     assert measured.training.steps == 3 and measured.training.samples == 90 and measured.metrics["accuracy"].n == 600
+    seconds = record.machine.seconds
+    assert 0 < seconds["pruning and recovery"] < seconds["total"] and 0 < seconds["cpu"] <= 1.1 * seconds["total"]
     assert Store(place.results).find(record.run) == record and not place.network(record.run).exists()
     elsewhere = place.model_copy(update={"results": tmp_path, "keep_networks": True})
     again = run_job(find("magnitude"), elsewhere)

@@ -102,11 +102,10 @@ def test_records_can_be_made_anew(tmp_path, again, expected):
 
 def test_the_estimate_takes_the_median_of_the_group_and_else_of_the_role(tmp_path):
     records = []
-    for run, seconds in zip([r for r in RUNS if r.group == ("taylor", "channel", "macs=0.5")], (2, 4, 9), strict=True):
+    times = ({"total": 2.0}, {"total": 90.0, "cpu": 4.0}, {"total": 9.0})  # the second one shared its processor
+    for run, seconds in zip([r for r in RUNS if r.group == ("taylor", "channel", "macs=0.5")], times, strict=True):
         record = make_record(run)
-        records.append(
-            record.model_copy(update={"machine": record.machine.model_copy(update={"seconds": {"total": seconds}})})
-        )
+        records.append(record.model_copy(update={"machine": record.machine.model_copy(update={"seconds": seconds})}))
     todo = [RUNS[0], *(r for r in RUNS if r.arm == "taylor" and r.seed == 0)]  # dense: never timed; weight: neither
     found = runner.estimate(runner.Progress(tuple(todo)), records, jobs=2)
     assert (found.missing, found.known) == (5, 2) and found.seconds == pytest.approx(5 * 4 / 2)

@@ -199,7 +199,7 @@ class Machine(Part):
 
     Attributes:
         created: When the run ended, UTC, ISO 8601.
-        seconds: Wall time by phase, and ``total``.
+        seconds: Wall time by phase, ``total``, and processor time (``cpu``).
         peak_memory_bytes: Largest resident memory of the process that ran it; None where that is not known.
         latency: By engine; empty if the network did not become physically smaller.
         environment: Processor, cores, system, package versions.

@@ -163,12 +163,14 @@ class Estimate:
 def estimate(progress: Progress, earlier: Sequence[Record], jobs: int) -> Estimate:
     """Return what the missing runs will take, from the times of earlier records of the benchmark.
 
-    A run takes as long as the median of its group; where there is none, of all records of its role and granularity.
+    A run takes as long as the median of its group; where there is none, of all records of its role and granularity. As
+    far as records know it, what counts is the time of processors: others may have shared the machine.
     """
     times: dict[tuple[str, ...], list[float]] = {}
     for record in earlier:
         for key in _keys(record.run):
-            times.setdefault(key, []).append(record.machine.seconds["total"])
+            seconds = record.machine.seconds
+            times.setdefault(key, []).append(seconds.get("cpu", seconds["total"]))
     missing = [run for run in progress.runs if run.id not in progress.done]
     found = [next((median(times[key]) for key in _keys(run) if key in times), None) for run in missing]
     known = [seconds for seconds in found if seconds is not None]
