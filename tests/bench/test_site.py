@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import secateur as sc
-from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.benchmarks import Claim, find_benchmark, plan
 from secateur.bench.records import Reported
-from secateur.bench.site import entries
+from secateur.bench.site import build, entries
 from secateur.bench.site.build import build_site, slots_of
 from secateur.bench.site.serve import Site
 from secateur.bench.store import Store
@@ -142,6 +142,21 @@ def test_papers_figures_stand_beside_ours_and_only_where_they_belong(store):
     lines = [entries.entry(row, benchmark, cards(), address) for row in rows]
     shown = [(line["arm"], line["budget"]) for line in lines if line["reported"]]
     assert shown == [("taylor", "macs=0.5")]
+
+
+def test_claims_of_papers_stand_on_the_page_with_their_verdict(store, tmp_path, monkeypatch):
+    claim = Claim(method="taylor", says="Taylor is better than chance", source="P", arm="taylor", above="random")
+    benchmark = BENCHMARK.model_copy(update={"claims": (claim, claim.model_copy(update={"above": "no such arm"}))})
+    monkeypatch.setattr(build, "find_benchmark", lambda name: benchmark)
+    monkeypatch.setattr(build, "benchmark_names", lambda: (benchmark.name,))
+    (board,) = build_site(store, tmp_path / "site")
+    budgets = [budget.value for ladder in benchmark.ladders for budget in ladder.budgets]
+    assert len(board.claims) == len(budgets) and {found.claim for found in board.claims} == {claim}
+    page = (tmp_path / "site/benchmarks/digits-resnet8.html").read_text()
+    assert page.count("Taylor is better than chance") == len(budgets) and "taylor above random" in page
+    found = board.claims[0]
+    difference = f"{100 * found.paired.difference.mean:+.2f} ± ".replace("-", "\N{MINUS SIGN}")
+    assert difference in page and f"<b>{found.verdict}</b>" in page
 
 
 def test_sentences_name_the_leader_its_ties_and_who_beats_random(tmp_path):

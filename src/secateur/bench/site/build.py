@@ -19,9 +19,9 @@ from markupsafe import Markup
 from secateur.atomic import written_atomically
 from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
 from secateur.bench.records import Record
-from secateur.bench.site.entries import command, entry, places, shards, slug, verdicts
+from secateur.bench.site.entries import budget_words, command, entry, places, shards, slug, verdicts
 from secateur.bench.store import Refused, Store, standing
-from secateur.bench.summary import fronts, summarize
+from secateur.bench.summary import Checked, check_claims, fronts, summarize
 from secateur.core.method import method, methods
 from secateur.core.recipe import Recipe
 from secateur.core.registry import Card
@@ -40,6 +40,7 @@ class Board:
         entries: Lines of the table, see `secateur.bench.site.entries.entry`.
         verdicts: Sentences.
         ladders: Arm, units, and the hypervolume of all its budgets together; the largest first within the units.
+        claims: What papers say, and what the records say of it.
     """
 
     benchmark: Benchmark
@@ -48,6 +49,7 @@ class Board:
     entries: list[dict[str, Any]]
     verdicts: list[str]
     ladders: list[tuple[str, str, float]]
+    claims: list[Checked]
 
     @property
     def slug(self) -> str:
@@ -102,7 +104,8 @@ def _board(benchmark: Benchmark, store: Store) -> Board:
     rows = summarize(records, benchmark)
     entries = [entry(row, benchmark, cards, address) for row in rows]
     ladders = sorted(((*key, area) for key, area in fronts(rows).items()), key=lambda line: (line[1], -line[2]))
-    return Board(benchmark, records, refused, entries, verdicts(rows), ladders)
+    claims = check_claims((row for row in rows if row.official), benchmark)
+    return Board(benchmark, records, refused, entries, verdicts(rows), ladders, claims)
 
 
 def _write_shards(out: Path, board: Board, store: Store) -> None:
@@ -161,6 +164,7 @@ _COMMENT = re.compile("<!--.*?-->", re.DOTALL)
 @cache
 def _templates() -> Environment:
     templates = Environment(loader=PackageLoader("secateur.bench.site"), autoescape=True, undefined=StrictUndefined)
+    templates.filters["budget_words"] = budget_words
     templates.filters["points"] = lambda number: f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
     return templates
 
