@@ -105,7 +105,7 @@ def measured(arm: str) -> tuple[str, dict[str, Any]]:
     model = resnet50().eval()
     data = [(torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(0, 1000, (BATCH,))) for _ in range(BATCHES)]
     method, criterion = VARIANTS.get(arm, (arm, None))
-    recipe = sc.method(method).recipe.but(granularity=granularity_of(sc.method(method).card), criterion=criterion)
+    recipe = sc.method(method).but(granularity=granularity_of(sc.method(method).card), criterion=criterion)
     needs = NEEDS.get(arm, Needs())
     gradient = seconds_of(gradients, model, data)
     step = Meter()

@@ -139,8 +139,7 @@ def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:
     if unknown:
         known = ", ".join(Recipe.model_fields)
         raise InvalidRecipe(f"Pruning got an unknown option {sorted(unknown)[0]!r}. A recipe's slots are: {known}.")
-    recipe = method if isinstance(method, Recipe) else find_method(method).recipe
-    return recipe.but(**slots)
+    return (method if isinstance(method, Recipe) else find_method(method)).but(**slots)
 
 
 def _why_nothing(units: Units) -> str:

@@ -60,7 +60,7 @@ def test_the_hash_is_stable_and_sees_every_setting_and_version(monkeypatch):
         ({"criterion": "taylor", "schedule": {"name": "iterative", "steps": 0}}, "schedule: Iterative: steps: .*got 0"),
         ({"criterion": 3}, "takes a name, or a mapping"),
         ({"criterion": "taylor", "mask_from": "yesterday"}, "mask_from"),
-        ({"criterion": "taylor", "granularity": "atom"}, "Unknown granularity 'atom'.*Known: channel, .*weight"),
+        ({"criterion": "taylor", "granularity": "atom"}, "Unknown granularity 'atom'.*Known: block, channel, .*weight"),
         ({}, "criterion: Field required"),
     ],
 )
@@ -110,3 +110,13 @@ def test_from_scratch_is_what_owes_nothing_to_the_trained_weights():
     assert not any(sc.method(name).recipe.from_scratch for name in ("magnitude", "gradual", "movement"))
     assert all(sc.method(name).recipe.from_scratch for name in ("snip", "rigl", "set", "edge_popup", "lottery"))
     assert sc.method("magnitude").recipe.but(weights_from="fresh").from_scratch
+
+
+def test_a_method_may_answer_otherwise_for_units_of_several_weights():
+    taylor = sc.method("taylor")
+    assert taylor.but() == taylor.recipe and taylor.but(granularity="weight").allocation.normalize == "none"
+    assert taylor.but(granularity="channel").allocation.normalize == "mean"
+    assert taylor.but(granularity="channel", allocation="uniform").allocation.name == "uniform"
+    assert taylor.but(granularity="channel", criterion=None).criterion == taylor.recipe.criterion
+    plain = sc.method("random")
+    assert plain.but(granularity="channel") == plain.recipe.but(granularity="channel")

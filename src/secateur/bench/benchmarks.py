@@ -356,7 +356,7 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     """
     base, _, check = arm.partition("+")
     what = benchmark.arm(base)
-    recipe = method(what.method).recipe.but(**what.slots)
+    recipe = method(what.method).but(**{**what.slots, "granularity": ladder.granularity})
     if ladder.granularity.name not in (what.granularities or registry.cards()[what.method].granularity):
         return None
     if check == "shuffled":
@@ -367,7 +367,7 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     if recipe.from_scratch:
         compute = what.compute if isinstance(what, Control) else "epochs"
         recovery = benchmark.training.model_copy(update={"compute": compute})
-    return recipe.but(granularity=ladder.granularity, recovery=recovery, scope=ladder.scope)
+    return recipe.but(recovery=recovery, scope=ladder.scope)
 
 
 def budget_label(budget: Budget) -> str:

@@ -279,11 +279,11 @@ def compare(
 def _names(methods: Sequence[str] | None, slots: Mapping[str, Any]) -> list[str]:
     """Return the methods to compare, random pruning among them, after checking that they and the slots exist."""
     if methods is None:
-        recipe: Recipe = find_method(BASELINE).recipe.but(**slots)
+        recipe: Recipe = find_method(BASELINE).but(**slots)
         wanted = recipe.granularity.name
         methods = [n for n, c in registry.cards().items() if wanted in c.granularity and c.paradigm == "after training"]
     for name in methods:
-        find_method(name).recipe.but(**slots)
+        find_method(name).but(**slots)
     return list(dict.fromkeys([*methods, BASELINE]))
 
 

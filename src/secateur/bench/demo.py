@@ -159,7 +159,7 @@ def run_demo(task_name: str, out: Path, seeds: int, on_progress: OnProgress) -> 
 
 
 def _recipes(settings: Settings) -> dict[str, Recipe]:
-    return {arm: method(arm).recipe.but(**settings.slots) for arm in ("taylor", "random")}
+    return {arm: method(arm).but(**settings.slots) for arm in ("taylor", "random")}
 
 
 def _jobs(task: Task, settings: Settings, seeds: int, folder: Path) -> list[Job]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from secateur.core import registry
 from secateur.core.recipe import Recipe
@@ -16,11 +18,24 @@ class Method:
 
     Attributes:
         name: The file's name.
-        recipe: The method with its default settings.
+        recipe: The method with its default settings, for single weights if it has them.
+        larger_units: Answers that differ for units of several weights.
     """
 
     name: str
     recipe: Recipe
+    larger_units: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, **slots: Any) -> Recipe:
+        """Return the method's recipe with some slots answered differently; None leaves a slot as the method has it.
+
+        Raises:
+            InvalidRecipe: An unknown slot or setting.
+        """
+        recipe = self.recipe.but(**slots)
+        if recipe.granularity.name == "weight":
+            return recipe
+        return recipe.but(**{slot: answer for slot, answer in self.larger_units.items() if slots.get(slot) is None})
 
     @property
     def card(self) -> Card:

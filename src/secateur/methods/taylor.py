@@ -80,4 +80,4 @@ class Taylor(Criterion):
                 yield {name: w * (gradients[name] - product[name] / 2) for name, w in weights.items()}
 
 
-METHOD = Method("taylor", Recipe(criterion=Taylor(), allocation=Global(normalize="mean")))
+METHOD = Method("taylor", Recipe(criterion=Taylor(), allocation=Global()), {"allocation": Global(normalize="mean")})
