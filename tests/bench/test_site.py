@@ -20,6 +20,7 @@ from secateur.bench.store import Store
 from secateur.bench.summary import summarize
 from secateur.core.method import method
 from secateur.core.registry import cards
+from secateur.parts.recovery.fine_tune import FineTune
 from secateur.testing.records import CODE, record, records
 
 BENCHMARK = find_benchmark("digits/resnet8")
@@ -157,6 +158,13 @@ def test_claims_of_papers_stand_on_the_page_with_their_verdict(store, tmp_path, 
     found = board.claims[0]
     difference = f"{100 * found.paired.difference.mean:+.2f} ± ".replace("-", "\N{MINUS SIGN}")
     assert difference in page and f"<b>{found.verdict}</b>" in page
+
+
+def test_the_training_of_a_dense_network_is_told_even_where_it_is_the_usual_one():
+    run = RUNS[0]
+    assert entries.recovery_words(run) == "trained 20 epochs"
+    usual = run.model_copy(update={"training": {"name": "fine-tune", "lr": 0.2}})
+    assert entries.recovery_words(usual) == f"trained {FineTune().epochs:g} epochs"
 
 
 def test_sentences_name_the_leader_its_ties_and_who_beats_random(tmp_path):

@@ -11,6 +11,7 @@ from secateur.bench.records import Record, Reported, Run
 from secateur.bench.statistics import Interval, Paired
 from secateur.bench.summary import Row
 from secateur.core.registry import Card
+from secateur.parts.recovery.fine_tune import FineTune
 
 PER_SHARD = 200
 """Records in one data file: a record page loads the one file that holds it."""
@@ -81,7 +82,7 @@ def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Ma
 def recovery_words(run: Run) -> str:
     """Return what a network was trained for after the cut, in a few words."""
     if run.recipe is None:
-        return f"trained {run.training['epochs']:g} epochs"
+        return f"trained {FineTune.parse(run.training).epochs:g} epochs"  # defaults are left out
     recovery = run.recipe["recovery"]
     epochs = recovery.get("epochs", 0)
     if not epochs:
