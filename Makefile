@@ -23,7 +23,7 @@ $(SLOW): $(INSTALLED)
 # Chromium from Debian and axe-core, for the tests of the pages; without them those tests say so and skip.
 AXE := .venv/axe/package/axe.min.js
 browser: $(AXE)
-	command -v chromedriver || apt-get install --yes --quiet chromium chromium-driver
+	command -v chromedriver || (apt-get update --quiet && apt-get install --yes --quiet chromium chromium-driver)
 
 $(AXE): $(INSTALLED)
 	mkdir -p .venv/axe
