@@ -128,9 +128,11 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     head = ("units and budget", "arm", f"{benchmark.metric} (%)", *(f"{c} (%)" for c in controls))
     head += tuple(f"minus {c}" for c in compared)
     dense = next((f" The dense network has {percent(row.value)} %." for row in rows if row.role == "dense"), "")
+    trained = any(ladder.recovery.epochs for ladder in benchmark.ladders)
+    recovery = "after the same recovery for every method" if trained else "right after the cut, nothing trained"
     words = (
-        f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} after the same "
-        f"recovery for every method, mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
+        f"**{benchmark.title}** (`secateur bench run {benchmark.name}`): test {benchmark.metric} {recovery}, "
+        f"mean and 95 % interval over {len(benchmark.seeds)} seeds.{dense}"
     )
     parts = (
         words,
@@ -171,23 +173,27 @@ def _sanity(rows: list[Row], values: dict[tuple[str, str, str], str]) -> str:
     return markdown_table(head, lines) if lines else ""
 
 
+RIVALS = {
+    "random": "random pruning",
+    "scratch-e": "new weights under a mask of equal density in each layer, trained as long (`scratch-e`)",
+}
+
+
 def _against_random(rows: list[Row], method: str, seeds: int) -> str:
-    """Return in words at which budgets a method beats random pruning."""
+    """Return in words at which budgets a method beats random units that were trained as long as its own."""
     words = {
-        "better": "Better than random pruning at",
-        "undecided": f"No difference from random pruning that {seeds} seeds can show at",
-        "worse": "**Worse than random pruning** at",
+        "better": "Better than {}",
+        "undecided": f"No difference from {{}} that {seeds} seeds can show",
+        "worse": "**Worse than {}**",
+        "": "Trained longer than every control, so that a difference would say nothing,",
     }
-    parts = []
-    for verdict, said in words.items():
-        where = [
-            f"{row.granularity}, {budget_words(row.budget)}" + (f" (`{row.arm}`)" if row.arm != method else "")
-            for row in rows
-            if "random" in row.against and row.against["random"].verdict == verdict
-        ]
-        if where:
-            parts.append(f"{said} {'; '.join(where)}")
-    return f"{'. '.join(parts)}." if parts else ""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        rival = next((control for control in RIVALS if control in row.against), None)
+        said = words[row.against[rival].verdict].format(RIVALS[rival]) if rival else words[""]
+        arm = f" (`{row.arm}`)" if row.arm != method else ""
+        found.setdefault(said, []).append(f"{row.granularity}, {budget_words(row.budget)}{arm}")
+    return " ".join(f"{said} at {'; '.join(where)}." for said, where in found.items())
 
 
 def _difference(row: Row, control: str) -> str:

@@ -37,6 +37,24 @@ def test_failures_and_missing_seeds_are_shown():
     assert row.value is None and row.rank is None
 
 
+def test_a_control_that_was_trained_less_is_no_rival():
+    steps = {"taylor": 100, "magnitude": 50, "random": 50, "scratch-e": 100, "scratch-b": 99.5}
+    records = []
+    for run in RUNS:
+        record = make_record(run, accuracy=ACCURACY[run.arm])
+        training = record.measured.training.model_copy(update={"steps": int(steps.get(run.arm, 100) * 10)})
+        records.append(
+            record.model_copy(update={"measured": record.measured.model_copy(update={"training": training})})
+        )
+    rows = {row.arm: row for row in summarize(records, BENCHMARK) if row.budget == "macs=0.5"}
+    assert rows["taylor"].against.keys() == {"scratch-e", "scratch-b"}  # half a step in a hundred is rounding
+    assert rows["magnitude"].against.keys() == {"random", "scratch-e", "scratch-b"}
+    assert rows["scratch-e"].against.keys() == {"scratch-b"} and rows["random"].against.keys() == {
+        "scratch-e",
+        "scratch-b",
+    }
+
+
 def claim(arm="taylor", above="magnitude", budgets=None):
     return Claim(method="taylor", says="is better", source="a paper", arm=arm, above=above, budgets=budgets)
 

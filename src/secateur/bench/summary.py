@@ -13,6 +13,9 @@ from secateur.bench.store import standing
 
 CONTROLS = ("random", "scratch-e", "scratch-b")
 
+ROUNDING = 0.99
+"""Trainings of the same length may differ by a step or two."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -26,7 +29,8 @@ class Row:
         records: Those that have a result, by seed.
         failures: Those that have none.
         value: The benchmark's metric; None if no run has a result.
-        against: Paired differences from the controls at the same budget, by control.
+        against: Paired differences from the controls at the same budget, by control. A control that was trained less
+            than the arm is no rival: what is better then may be the training.
         rank: Among the methods and controls at the same budget; arms whose intervals overlap tie.
         official: Whether every record with a result is official.
         reasons: Why not.
@@ -140,17 +144,25 @@ def _by_seed(records: Iterable[Record]) -> dict[int, float]:
     return {record.run.seed: record.value for record in records if record.measured}
 
 
+def _steps(records: Iterable[Record]) -> float:
+    steps = [record.measured.training.steps for record in records if record.measured]
+    return sum(steps) / max(len(steps), 1)
+
+
 def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]]) -> list[Row]:
     """Return the rows of all arms at one budget."""
     values = {arm: _by_seed(group) for arm, group in groups.items()}
     intervals = {arm: interval(list(found.values())) for arm, found in values.items() if found}
     ranked = ranks(intervals)
+    steps = {arm: _steps(group) for arm, group in groups.items()}
     rows = []
     for arm, group in groups.items():
         against = {
             control: difference
             for control in CONTROLS
-            if control != arm and (difference := paired(values[arm], values.get(control, {}))) is not None
+            if control != arm
+            and steps.get(control, 0) >= ROUNDING * steps[arm]
+            and (difference := paired(values[arm], values.get(control, {}))) is not None
         }
         why = tuple(dict.fromkeys(reason for record in group for reason in reasons[record.id]))
         rows.append(
