@@ -118,6 +118,7 @@ def _similarity(dense: nn.Module, pruned: nn.Module, data: Data) -> Similarity:
 
 def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
     # Plotly takes a second to import, and most runs need no page.
+    from secateur.measure.figures import training_figure
     from secateur.measure.report import (
         Page,
         Section,
@@ -127,7 +128,6 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         depth_section,
         frozen_section,
         similarity_section,
-        training_figure,
         weights_section,
         widths_section,
         winners_section,

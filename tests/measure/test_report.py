@@ -5,21 +5,8 @@ import re
 import pytest
 
 import secateur as sc
-from secateur.measure.report import (
-    Page,
-    Point,
-    Section,
-    Table,
-    Tile,
-    change,
-    count,
-    frozen_table,
-    machine_line,
-    short_reason,
-    tradeoff_figure,
-    training_figure,
-    widths_figure,
-)
+from secateur.measure.figures import Point, tradeoff_figure, training_figure, widths_figure
+from secateur.measure.report import Page, Section, Table, Tile, change, count, frozen_table, machine_line, short_reason
 from secateur.testing.toys import toy, toy_batches
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from secateur.errors import MissingDependency
-from secateur.measure.report import pictures_figure
+from secateur.measure.figures import pictures_figure
 from secateur.studies import image_restoration
 from secateur.studies.image_restoration import (
     Generator,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from secateur.errors import UnknownName
-from secateur.measure.report import lines_figure
+from secateur.measure.figures import lines_figure
 from secateur.measure.safe_sparsity import safe_sparsity
 from secateur.parts.mean_field import chi
 from secateur.studies import STUDIES, find_study

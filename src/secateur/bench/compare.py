@@ -20,7 +20,8 @@ from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
 from secateur.errors import DataNeeded, InvalidRecipe, SecateurError
-from secateur.measure.report import MINUS, Page, Point, Section, Table, tradeoff_figure
+from secateur.measure.figures import Point, tradeoff_figure
+from secateur.measure.report import MINUS, Page, Section, Table
 from secateur.pruned import Pruned
 from secateur.training.loop import Evaluate, OnStep, accuracy
 from secateur.training.teacher import Teachers

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.bench.statistics import interval
+from secateur.measure.figures import Point, tradeoff_figure, training_figure, widths_figure
 from secateur.measure.report import (
     FROZEN_TEXT,
     MINUS,
     Page,
-    Point,
     Section,
     Table,
     Tile,
@@ -19,9 +19,6 @@ from secateur.measure.report import (
     count,
     frozen_table,
     machine_line,
-    tradeoff_figure,
-    training_figure,
-    widths_figure,
 )
 
 LABELS = {"dense": "dense", "taylor": "Taylor", "random": "random", "scratch": "scratch"}

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from secateur.measure.report import Page, Section, Tile, count, frozen_section, templates
+from secateur.measure.figures import templates
+from secateur.measure.report import Page, Section, Tile, count, frozen_section
 from secateur.structure.dims import Dim, flat, leaves
 from secateur.structure.explain import common_name, explain_axis, shares, starred, uncuttable, varying_numbers
 from secateur.structure.roles import ROLES

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from secateur.measure.report import Table, lines_figure
+from secateur.measure.figures import lines_figure
+from secateur.measure.report import Table
 from secateur.parts.mean_field import edge_of_chaos, edge_with_variance, variance_at_edge
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.masks import Masks
-from secateur.measure.report import Table, lines_figure, pictures_figure
+from secateur.measure.figures import lines_figure, pictures_figure
+from secateur.measure.report import Table
 from secateur.optional import optional_import
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 

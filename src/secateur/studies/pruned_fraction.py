@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secateur.measure.report import Table, lines_figure
+from secateur.measure.figures import lines_figure
+from secateur.measure.report import Table
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)

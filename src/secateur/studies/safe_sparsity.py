@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from secateur.core.masks import Masks
 from secateur.core.randomness import generator_for
-from secateur.measure.report import Table, lines_figure
+from secateur.measure.figures import lines_figure
+from secateur.measure.report import Table
 from secateur.measure.safe_sparsity import SafeSparsity, safe_sparsity
 from secateur.studies.pruned_fraction import Setting, train
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study

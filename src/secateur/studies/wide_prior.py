@@ -16,7 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from secateur.measure.report import Table, lines_figure
+from secateur.measure.figures import lines_figure
+from secateur.measure.report import Table
 from secateur.measure.trainability import trainability as trainability
 from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 
