@@ -4,9 +4,10 @@ import pytest
 from tests.bench.test_records import make_record
 
 from secateur.bench import runner
-from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.benchmarks import Variant, find_benchmark, plan
 from secateur.bench.executors import make_executor
 from secateur.bench.jobs import Ended, Workplace
+from secateur.bench.records import Reported
 from secateur.bench.store import Store
 from secateur.errors import AlreadyRunning, MissingDependency, UnknownName
 
@@ -53,6 +54,29 @@ def test_everything_is_run_once_dense_references_first(tmp_path):
         assert next(r for r in fake.started if r.seed == seed).role == "dense"
     again = Fake(store)
     assert runner.run_benchmark(runner.survey(RUNS, store), store, again).left == 0 and again.started == []
+
+
+def test_equal_work_of_another_benchmark_is_taken_over_if_it_could_be_official_here(tmp_path):
+    store = Store(tmp_path)
+    setting = {"method": "taylor", "granularity": "weight", "budget": {"sparsity": 0.9}}
+    figure = Reported(**setting, metric="accuracy", value=0.5, source="a paper")
+    changes = {"name": "digits/other", "version": 7, "reported": (figure,), "engines": ("eager", "onnxruntime")}
+    ours = BENCHMARK.model_copy(update=changes | {"variants": {"under-another-name": Variant(method="taylor")}})
+    asked = plan(ours, str(ours.task.data), ["under-another-name"], seeds=[0])
+    for run in RUNS:  # timed in one engine; the second seed by code that was not committed
+        if run.arm in ("taylor", "random"):
+            store.publish(make_record(run, accuracy=0.7, clean=run.seed != 1))
+    progress = runner.survey(asked, store)
+    runner.take_over(progress, store, ours)
+    by_budget = {record.run.budget_label: record for record in progress.done.values()}
+    assert by_budget.keys() == {"sparsity=0.9", "sparsity=0.95"}  # the smaller networks must be timed in both engines
+    record = by_budget["sparsity=0.9"]
+    assert record == store.find(record.run) and record.value == 0.7
+    assert (record.run.benchmark, record.run.version, record.run.arm) == ("digits/other", 7, "under-another-name")
+    assert record.reported == (figure,) and by_budget["sparsity=0.95"].reported == ()
+    dirty = runner.survey(plan(ours, str(ours.task.data), ["under-another-name"], seeds=[1]), store)
+    runner.take_over(dirty, store, ours)
+    assert dirty.done == {}
 
 
 def test_a_job_whose_process_dies_is_started_again_and_costs_only_itself(tmp_path):

@@ -80,8 +80,8 @@ class Workplace(Part):
 
     def network(self, run: Run) -> Path:
         """Return where the network of a run lies: one place for all benchmarks that train a dense network alike."""
-        named = run.model_copy(update={"benchmark": "", "version": 0}) if run.role == "dense" else run
-        return self.scratch / "networks" / f"{named.id}.safetensors"
+        name = run.work if run.role == "dense" else run.id
+        return self.scratch / "networks" / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def run_job(run: Run, place: Workplace, on_step: OnStep | None = None) -> Record
         status="ok" if measured else "failed",
         measured=measured,
         error=error,
-        reported=tuple(r for r in place.reported if (r.method, r.granularity, r.budget) == _setting(run)),
+        reported=tuple(r for r in place.reported if r.is_about(run)),
         machine=Machine(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=watch.seconds(),
@@ -325,7 +325,3 @@ def _code(own: Code, run: Run, place: Workplace) -> Code:
         return own
     theirs = Code(**json.loads(told.read_text(encoding="utf-8"))["code"])
     return theirs if run.role == "dense" else own.model_copy(update={"clean": own.clean and theirs.clean})
-
-
-def _setting(run: Run) -> tuple[Any, ...]:
-    return run.method, run.granularity, run.budget

@@ -74,6 +74,12 @@ class Run(Part):
         return hash_of(self.model_dump(mode="json", exclude={"recipe"}))[:16]
 
     @property
+    def work(self) -> str:
+        """What is to be done, whichever benchmark asks for it under whatever name: equal work gives equal results."""
+        names = {"benchmark", "version", "role", "arm", "method"}
+        return hash_of(self.model_dump(mode="json", exclude={"recipe", *names}))[:16]
+
+    @property
     def granularity(self) -> str:
         """The name of the units, or ``dense``."""
         return str(self.recipe["granularity"]["name"]) if self.recipe else "dense"
@@ -248,6 +254,10 @@ class Reported(Part):
     dense: float | None = None
     source: str
     note: str = ""
+
+    def is_about(self, run: Run) -> bool:
+        """Return whether a run has this setting."""
+        return (self.method, self.granularity, self.budget) == (run.method, run.granularity, run.budget)
 
 
 class Failure(Part):

@@ -44,6 +44,11 @@ class Progress:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def missing(self) -> list[Run]:
+        """The runs without a record."""
+        return [run for run in self.runs if run.id not in self.done]
+
+    @property
     def left(self) -> int:
         """Number of runs without a record."""
         return len(self.runs) - len(self.done)
@@ -74,6 +79,12 @@ def forget(progress: Progress, store: Store, place: Workplace, benchmark: Benchm
                 place.network(record.run).with_suffix(suffix).unlink(missing_ok=True)
 
 
+def take_over(progress: Progress, store: Store, benchmark: Benchmark) -> None:
+    """Write records of what other benchmarks of the task have from equal work; changes `progress`."""
+    for record in store.made_for_others(progress.missing, benchmark):
+        progress.done[record.id] = store.publish(record)
+
+
 def run_benchmark(
     progress: Progress, store: Store, executor: Executor, on_change: OnChange = lambda _: None
 ) -> Progress:
@@ -88,7 +99,7 @@ def run_benchmark(
         executor: Where jobs run.
         on_change: Called about twice a second.
     """
-    waiting = [run for run in progress.runs if run.id not in progress.done]
+    waiting = progress.missing
     attempts: Counter[str] = Counter()
     halted = False
     while waiting or progress.running:
@@ -171,7 +182,7 @@ def estimate(progress: Progress, earlier: Sequence[Record], jobs: int) -> Estima
         for key in _keys(record.run):
             seconds = record.machine.seconds
             times.setdefault(key, []).append(seconds.get("cpu", seconds["total"]))
-    missing = [run for run in progress.runs if run.id not in progress.done]
+    missing = progress.missing
     found = [next((median(times[key]) for key in _keys(run) if key in times), None) for run in missing]
     known = [seconds for seconds in found if seconds is not None]
     each = sum(known) / len(known) if known else 0.0

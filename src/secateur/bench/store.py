@@ -86,6 +86,22 @@ class Store:
                 refused.append(Refused(path, str(error)))
         return records, refused
 
+    def made_for_others(self, runs: Iterable[Run], benchmark: Benchmark) -> list[Record]:
+        """Return, as records of these runs, what other benchmarks of the task have from equal work.
+
+        Only what could be official here, and was timed in the engines of this benchmark.
+        """
+        wanted = {run.work: run for run in runs}
+        found = []
+        for record in self.read(str(Path(benchmark.name).parent))[0] if wanted else ():
+            run = wanted.get(record.run.work)
+            timed = not record.machine.latency or set(record.machine.latency) == set(benchmark.engines)
+            if run is not None and record.run.benchmark != benchmark.name and timed:
+                reported = tuple(r for r in benchmark.reported if r.is_about(run))
+                ours = record.model_copy(update={"run": run, "id": run.id, "reported": reported})
+                found += [] if own_reasons(ours, benchmark) else [ours]
+        return found
+
     def _files(self, benchmark: str | None) -> Iterator[Path]:
         folder = self.folder / benchmark if benchmark else self.folder
         yield from sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))

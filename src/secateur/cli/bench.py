@@ -84,11 +84,13 @@ def run(
     )
     progress = runner.survey(runs, store)
     if dry_run:
+        progress.done |= {record.id: record for record in store.made_for_others(progress.missing, benchmark)}
         _show_plan(progress, runner.estimate(progress, store.read(benchmark.name)[0], jobs), jobs, as_json)
         return
     with runner.only_runner(scratch):
         runner.sweep(results / benchmark.name, scratch / "networks")
         runner.forget(progress, store, place, benchmark, again)
+        runner.take_over(progress, store, benchmark)
         if progress.left:
             pool = make_executor(executor, place, min(jobs, progress.left), address)
             try:
@@ -124,7 +126,7 @@ def _duration(seconds: float) -> str:
 
 
 def _show_plan(progress: Progress, estimate: Estimate, jobs: int, as_json: bool) -> None:
-    missing = [run for run in progress.runs if run.id not in progress.done]
+    missing = progress.missing
     if as_json:
         print_json(
             {
