@@ -128,6 +128,14 @@ def test_a_ladder_may_say_which_tensors_are_pruned(tmp_path):
     assert Recipe(**run.recipe).scope.include == ("*",)
 
 
+def test_a_variant_under_the_name_of_its_method_takes_its_place(tmp_path):
+    slots = {"schedule": {"name": "iterative", "steps": 2, "whole": True}}
+    benchmark = read_benchmark(write(tmp_path, {"variants": {"lottery": {"method": "lottery", "slots": slots}}}))
+    assert benchmark.methods().count("lottery") == 1 and "magnitude" in benchmark.methods()
+    runs = plan(benchmark, "0" * 16, ["lottery"], seeds=[0])[1:]
+    assert runs and all(run.method == "lottery" and run.recipe["schedule"]["steps"] == 2 for run in runs)
+
+
 def test_variants_are_methods_with_other_answers_and_only_some_methods_take_part(tmp_path):
     variants = {"force": {"method": "snip", "slots": {"criterion": {"name": "snip", "force": 3}}}}
     benchmark = read_benchmark(write(tmp_path, {"variants": variants, "only": ["magnitude", "snip"]}))

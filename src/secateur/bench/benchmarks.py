@@ -187,8 +187,12 @@ class Benchmark(Value):
         return self
 
     def methods(self) -> tuple[str, ...]:
-        """Return the names of the methods that take part and are no control, then those of the variants."""
-        return (*(self._all_methods() if self.only is None else self.only), *self.variants)
+        """Return the names of the methods that take part and are no control, then those of the variants.
+
+        A variant under the name of its method takes that one's place.
+        """
+        taking_part = self._all_methods() if self.only is None else self.only
+        return tuple(dict.fromkeys((*taking_part, *self.variants)))
 
     def arm(self, name: str) -> Variant:
         """Return what a method, a variant or a control is."""
