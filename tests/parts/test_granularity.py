@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -7,8 +8,13 @@ import secateur as sc
 from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Scope
+from secateur.errors import BudgetUnreachable
+from secateur.parts.granularity import channel
 from secateur.parts.granularity.channel import Channel
 from secateur.parts.granularity.weight import Weight
+from secateur.structure import prove, rules
+from secateur.structure.dims import leaf
+from secateur.structure.masked import run_masked
 from secateur.testing.toys import toy
 
 
@@ -36,6 +42,50 @@ def test_heads_and_head_dims_sum_over_their_factor():
     assert total["blocks.0.attention.qkv[heads]"].tolist() == [per_head] * heads
     per_dim = 3 * heads * (width + 1) + width * heads
     assert total["blocks.0.attention.qkv[head_dim]"].tolist() == [per_dim] * head_dim
+
+
+def every_second(units):
+    return {name: torch.arange(mask.numel()) % 2 == 0 for name, mask in units.whole().items()}
+
+
+def test_the_first_cut_proves_the_analysis_too_with_one_run_of_the_masked_network(monkeypatch):
+    runs = []
+    monkeypatch.setattr(prove, "run_masked", lambda *args: runs.append(args) or run_masked(*args))
+    model, x = toy("mlp")
+    units = Channel().units(model, x, Scope())
+    sizes = [axis.size for axis in units.structure.prunable]
+    assert sizes and not runs  # nothing is proved before there is something to cut
+    for count in (1, 2):
+        assert units.keep(every_second(units)) and len(runs) == count and units.proofs[-1].ok
+    assert [axis.size for axis in units.structure.prunable] == [size // 4 for size in sizes]
+
+
+def test_axes_that_the_first_cut_shows_to_be_wrong_are_frozen_and_the_rest_is_cut(monkeypatch):
+    def forget_to_unify(call):
+        call.tracer.set(call.out, [leaf(size) for size in call.out.shape])
+
+    monkeypatch.setitem(rules.all_rules(), "gelu", forget_to_unify)
+    model, x = toy("vit")
+    units = Channel().units(model, x, Scope())
+    before = set(units.shapes)
+    assert not units.keep(every_second(units)) and units.proofs == []
+    wrong = before - set(units.shapes)
+    assert wrong and all("mlp" in name for name in wrong) and set(units.shapes) == {n for n in before if "mlp" not in n}
+    assert {units.structure.reasons[name] for name in wrong} == {"permuting it changed the output"}
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in toy("vit")[0].parameters())
+    assert units.keep(every_second(units)) and units.proofs[0].ok
+    with pytest.raises(BudgetUnreachable, match=r"cannot be met: .* Ask for Budget\(macs=0\.\d+\)"):
+        sc.prune(
+            model, x, granularity={"name": "channel", "roles": ["hidden unit", "head dim"]}, budget=sc.Budget(macs=0.5)
+        )
+
+
+def test_narrow_axes_are_proved_one_by_one_before_the_first_cut(monkeypatch):
+    found = []
+    monkeypatch.setattr(channel, "proved_structure", lambda *args: found.append(args) or prove.proved_structure(*args))
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    units = Channel().units(model, torch.randn(3, 5), Scope())
+    assert units.keep(every_second(units)) and len(found) == 1 and units.proofs[0].ok
 
 
 def test_an_axis_that_no_parameter_consumes_is_taken_at_its_producers():

@@ -14,7 +14,7 @@ from secateur.structure import rules
 from secateur.structure.dims import leaf
 from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
-from secateur.structure.prove import _proved_at_once, half_of_each, prove_cut, proved_structure
+from secateur.structure.prove import half_of_each, prove_cut, proved_structure, proved_with_the_analysis
 from secateur.structure.tracer import OpCall
 from secateur.structure.verify import _permutation_error, random_cycle, redraw
 from secateur.testing.toys import toy
@@ -61,7 +61,11 @@ def test_a_rule_that_forgets_is_caught_by_permutation(monkeypatch, operation, ne
     structure = sc.trace(model, x)
     verification = structure.verify(model)
     assert not verification.ok and verification.failed
-    assert not _proved_at_once(model, structure)
+    assert proved_with_the_analysis(model, structure, half_of_each_axis(structure)) is None
+
+
+def half_of_each_axis(structure):
+    return half_of_each(structure, [axis.name for axis in structure.prunable], 0)
 
 
 def test_a_rule_that_swaps_dims_is_caught(monkeypatch):
@@ -260,14 +264,16 @@ def test_a_trial_cut_in_another_order_shows_what_a_cut_does_not(monkeypatch):
     structure = sc.trace(model, x)
     assert prove_cut(model, structure, half_of_each(structure, ["first"], 0)).ok
     assert not structure.verify(model).ok
-    assert not _proved_at_once(model, structure)
+    assert proved_with_the_analysis(model, structure, half_of_each_axis(structure)) is None
     assert not proved_structure(model, x).prunable
 
 
 @pytest.mark.parametrize(("width", "enough"), [(7, False), (8, True)])
 def test_an_order_of_few_units_proves_nothing(width, enough):
     model, x = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 2)).eval(), torch.randn(3, 5)
-    assert _proved_at_once(model, sc.trace(model, x)) is enough
+    structure = sc.trace(model, x)
+    proof = proved_with_the_analysis(model, structure, half_of_each_axis(structure))
+    assert (proof is not None and proof.ok and 0 <= proof.max_error < 1e-5) is enough
     assert [axis.size for axis in proved_structure(model, x).prunable] == [width]
 
 

@@ -229,9 +229,11 @@ class Run:
         while not self._keep(context, self._selected(priorities, allowed)):
             priorities = {group: values for group, values in priorities.items() if group in units.shapes}
             if not priorities:
+                why = "; ".join(units.obstacles()[:4])
                 raise NothingPrunable(
-                    "No cut of this model could be proved equal to the masked network; none was made."
+                    f"No cut of this model could be proved equal to the masked network; none was made: {why}."
                 )
+            _check_reachable(units, self.budget, self._cost, self._target, self._dense)
 
     def _keep(self, context: Context, kept: Kept) -> bool:
         """Repair what stays and remove all other units; if that is impossible, everything is as before."""
@@ -262,21 +264,30 @@ def run(pruning: Run, recover: Recover) -> list[Round]:
 
 def _target(units: Units, live: Mapping[str, int], budget: Budget, cost: Cost) -> tuple[float, float]:
     """Return the cost of the unpruned network and the allowed cost, after checking that it can be met."""
-    dense, smallest = cost(units.counts()), cost(fewest(units.counts(), units.limits))
+    dense, present = cost(units.counts()), cost(live)
     target = budget.target(dense)
-    present = cost(live)
     if target >= present:
         raise BudgetUnreachable(
             f"The network already meets the budget of {budget}: it costs {present:,.6g} of {target:,.6g} allowed, so "
             "that nothing would be removed. Ask for less."
         )
+    _check_reachable(units, budget, cost, target, dense)
+    return dense, target
+
+
+def _check_reachable(units: Units, budget: Budget, cost: Cost, target: float, dense: float) -> None:
+    """Check that what may be removed is enough.
+
+    Raises:
+        BudgetUnreachable: It is not; names the nearest budget.
+    """
+    smallest = cost(fewest(units.counts(), units.limits))
     if smallest > target * (1 + budget.tolerance):
         raise BudgetUnreachable(
             f"The budget of {budget} cannot be met: the smallest network that can be reached costs {smallest:,.6g} of "
             f"the {dense:,.6g} now. Ask for Budget({budget.nearest(smallest, dense)}), widen the scope, or lower the "
             "granularity's minimum or round_to."
         )
-    return dense, target
 
 
 def _begins_at_init(recipe: Recipe, levels: Sequence[Level]) -> bool:

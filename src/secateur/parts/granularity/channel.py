@@ -16,9 +16,11 @@ from secateur.parts.granularity.cut import CutUnits
 from secateur.structure.dims import Dim, leaves, unit_index
 from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
-from secateur.structure.prove import proved_structure
+from secateur.structure.prove import proved_structure, proved_with_the_analysis
 from secateur.structure.roles import COUNTED, ROLES, Role
 from secateur.structure.structure import Axis, Structure
+from secateur.structure.trace import trace
+from secateur.structure.verify import Verification
 
 Engine = Literal["eager", "onnxruntime", "openvino"]
 
@@ -67,12 +69,13 @@ class ChannelUnits(CutUnits):
         roles: Collection[Role] = (),
     ) -> None:
         self.roles = roles or ROLES.keys() - {"expert"}
-        found = proved_structure(model, inputs)
+        found = trace(model, inputs)
         others = {a.name: f"not asked for: its role is {a.role!r}" for a in found.prunable if a.role not in self.roles}
         self.structure = structure = _in_scope(found, scope).frozen(others)
         counted = frozenset(axis.name for axis in structure.prunable if axis.role in COUNTED)
         limits = Limits(minimum, multiple, counted, structure.ties, structure.steps, structure.least)
         super().__init__(model, inputs, structure, limits)
+        self._proved = False
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -142,6 +145,22 @@ class ChannelUnits(CutUnits):
         for name, axis in plan.axes.items():
             kept[name] = torch.zeros(axis.size, dtype=torch.bool).index_fill_(0, torch.tensor(axis.kept), True)
         return kept
+
+    def prove(self, kept: Kept) -> tuple[Verification, Structure]:
+        """Return the proof of a cut; the first one proves the analysis of all axes, too.
+
+        If it fails, each axis is proved, and those that fail are frozen.
+        """
+        if not self._proved:
+            self._proved = True
+            proof = proved_with_the_analysis(self.model, self.structure, kept)
+            if proof is not None:
+                return proof, self.structure
+            reasons = proved_structure(self.model, self.inputs).reasons
+            wrong = {axis.name: reasons[axis.name] for axis in self.structure.prunable if axis.name in reasons}
+            if wrong:
+                return Verification(float("inf"), ok=False), self.structure.frozen(wrong)
+        return super().prove(kept)
 
     def structure_after(self, structure: Structure, kept: Kept) -> Structure:
         """Return the structure with shorter axes."""

@@ -80,7 +80,7 @@ class CutUnits(Units):
             Whether that is so. If not, nothing is cut, and the groups that are to blame are frozen.
         """
         named = self.by_name(kept)
-        proof, structure = proved_keep(self.model, self.structure, named)
+        proof, structure = self.prove(named)
         if not proof.ok:
             self.freeze(structure)
             return False
@@ -90,6 +90,10 @@ class CutUnits(Units):
         cut_in_place(self.model, make_plan(structure, named), self.companions)
         self.structure = self.structure_after(structure, named)
         return True
+
+    def prove(self, kept: Kept) -> tuple[Verification, Structure]:
+        """Return the proof of a cut; if it fails, also the structure with everything frozen that is to blame."""
+        return proved_keep(self.model, self.structure, kept)
 
     def freeze(self, structure: Structure) -> None:
         """Take over what a failed proof has frozen."""
