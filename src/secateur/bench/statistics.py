@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -157,11 +158,5 @@ def ranks(intervals: Mapping[str, Interval]) -> dict[str, int]:
     Arms whose intervals overlap do not count against each other, nor do single runs, so ranks tie where nothing is
     decided.
     """
-
-    def decided(above: Interval, below: Interval) -> bool:
-        return above.n > 1 and below.n > 1 and above.low > below.high
-
-    return {
-        name: 1 + sum(decided(other, own) for rival, other in intervals.items() if rival != name)
-        for name, own in intervals.items()
-    }
+    lows = sorted(interval.low for interval in intervals.values() if interval.n > 1)
+    return {name: 1 + (len(lows) - bisect_right(lows, own.high) if own.n > 1 else 0) for name, own in intervals.items()}
