@@ -105,12 +105,32 @@ def test_filters_change_plot_and_table_alike(opened):
     driver.find_element("name", "search").send_keys("taylor")
     shown = rows(driver)
     assert len(shown) == 1 + 4 and all("taylor" in row for row in shown[1:])  # dense stays
-    assert {name for name, _, _ in traces(driver)} == {"taylor"} and everything > 80
+    assert {name for name, _, _ in traces(driver)} == {"taylor"} and everything > 40
     choose(driver, "units", "weight")
     assert len(rows(driver)) == 1 + 2 and len(traces(driver)) == 1
     assert f"3 of {LINES} lines" in driver.find_element("id", "shown").text
     driver.find_element("name", "official").click()
     assert len(rows(driver)) == 1 + 2
+
+
+def test_of_many_methods_those_of_best_rank_are_drawn(opened):
+    driver = opened(BOARD)
+    lines = driver.execute_script("return JSON.parse(document.getElementById('board').textContent).lines")
+    ranks = {}
+    for line in lines:
+        if line["role"] == "method" and line.get("value"):
+            ranks[line["arm"]] = min(line["rank"], ranks.get(line["arm"], line["rank"]))
+    drawn = {name for name, _, _ in traces(driver)}
+    methods = drawn & ranks.keys()
+    assert (
+        len(ranks) > 40
+        and len(methods) == 40
+        and drawn - methods == {"random", "scratch-e", "scratch-b", "bottleneck-e"}
+    )
+    assert max(ranks[name] for name in methods) <= min(ranks[name] for name in ranks.keys() - methods)
+    assert "Drawn are the 40 methods of best rank" in driver.find_element("id", "plot-caption").text
+    driver.find_element("name", "search").send_keys("taylor")
+    assert "Drawn are" not in driver.find_element("id", "plot-caption").text
 
 
 def test_headings_sort_both_ways(opened):
