@@ -171,4 +171,5 @@ TASK = SentencesTask(
     training={"default": FineTune(epochs=3, lr=5e-5, weight_decay=0.01, warmup=0.1, optimizer="adamw")},
     augment=without_padding,
     batch_size=32,
+    precision="auto",
 )
