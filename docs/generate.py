@@ -274,6 +274,17 @@ def fbs_table() -> str:
     return f"{table}\n\nThe dense network has {100 * record['dense']:.2f} %. {machine(record)}"
 
 
+def empty_filters_table() -> str:
+    """Return how many filters are left without weights by masks that move in training, beside one that stays."""
+    record = read("benchmarks/empty_filters.json")
+    rows = [
+        (arm["label"], percent(interval(arm["empty"])), percent(interval(arm["validation_accuracy"])))
+        for arm in record["arms"]
+    ]
+    table = markdown_table(("mask", "filters without weights (%)", "validation accuracy (%)"), rows)
+    return f"{table}\n\n{machine(record)}"
+
+
 def coverage_table() -> str:
     """Return how many networks of each library pass each stage, beside Torch-Pruning, and which fail and why."""
     record = read("coverage/rows.json")
@@ -293,7 +304,14 @@ def coverage_table() -> str:
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
-    for name in ("masked_training", "analysis_time", "large_model", "scoring_cost", "resnet50_scoring"):
+    for name in (
+        "masked_training",
+        "analysis_time",
+        "large_model",
+        "scoring_cost",
+        "resnet50_scoring",
+        "leaderboard_size",
+    ):
         record = read(f"benchmarks/{name}.json")
         lines.append(f"- {record['claim']}: **{record['result']}** (`python -m benchmarks.{name}`)")
     return "\n".join(lines)
@@ -321,6 +339,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "coverage": coverage_table,
     "skipping": skipping_table,
     "fbs": fbs_table,
+    "empty-filters": empty_filters_table,
 }
 
 if __name__ == "__main__":
