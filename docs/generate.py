@@ -301,6 +301,17 @@ def coverage_table() -> str:
     return "\n\n".join(parts).strip()
 
 
+README_BENCHMARKS = (
+    "beside_torch_pruning",
+    "masked_training",
+    "analysis_time",
+    "large_model",
+    "scoring_cost",
+    "resnet50_scoring",
+    "leaderboard_size",
+)
+
+
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
