@@ -315,14 +315,7 @@ README_BENCHMARKS = (
 def benchmark_lines() -> str:
     """Return one line per benchmark of speed."""
     lines = []
-    for name in (
-        "masked_training",
-        "analysis_time",
-        "large_model",
-        "scoring_cost",
-        "resnet50_scoring",
-        "leaderboard_size",
-    ):
+    for name in README_BENCHMARKS:
         record = read(f"benchmarks/{name}.json")
         lines.append(f"- {record['claim']}: **{record['result']}** (`python -m benchmarks.{name}`)")
     return "\n".join(lines)
