@@ -1,7 +1,7 @@
 """Time to cut a network in half, beside Torch-Pruning: python -m benchmarks.beside_torch_pruning.
 
 Both get the same network and the same example input, and leave the network that they were given as it was. Ours
-traces, verifies by permutation, scores (L2, global), cuts to half of the multiply-adds, and proves the cut.
+traces, scores (L2, global), and cuts to half of the multiply-adds with one proof of the analysis and the cut together.
 Torch-Pruning builds its graph, scores (L2, global) and removes half of the channels; it proves nothing. Needs timm and
 torch-pruning.
 

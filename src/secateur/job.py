@@ -53,6 +53,8 @@ class Job:
     ) -> engine.Run:
         """Return the run that prunes `model`, in place."""
         units = self.recipe.granularity.units(model, self.inputs, self.recipe.scope)
+        if not self.recipe.begins_with_a_cut:
+            units.prove_analysis()
         if not units.shapes:
             raise NothingPrunable(_why_nothing(units))
         return engine.Run(

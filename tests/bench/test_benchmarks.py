@@ -132,6 +132,8 @@ def test_a_variant_under_the_name_of_its_method_takes_its_place(tmp_path):
     slots = {"schedule": {"name": "iterative", "steps": 2, "whole": True}}
     benchmark = read_benchmark(write(tmp_path, {"variants": {"lottery": {"method": "lottery", "slots": slots}}}))
     assert benchmark.methods().count("lottery") == 1 and "magnitude" in benchmark.methods()
+    with pytest.raises(InvalidRecipe, match="'taylor' of 'magnitude' has the name of another method"):
+        read_benchmark(write(tmp_path, {"variants": {"taylor": {"method": "magnitude"}}}))
     runs = plan(benchmark, "0" * 16, ["lottery"], seeds=[0])[1:]
     assert runs and all(run.method == "lottery" and run.recipe["schedule"]["steps"] == 2 for run in runs)
 

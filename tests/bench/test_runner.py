@@ -13,6 +13,7 @@ from secateur.errors import AlreadyRunning, MissingDependency, UnknownName
 
 BENCHMARK = find_benchmark("digits/resnet8")
 RUNS = plan(BENCHMARK, str(BENCHMARK.task.data), ["taylor", "random"])
+ALL_RUNS = plan(BENCHMARK, str(BENCHMARK.task.data))
 
 
 class Fake:
@@ -63,9 +64,13 @@ def test_equal_work_of_another_benchmark_is_taken_over_if_it_could_be_official_h
     changes = {"name": "digits/other", "version": 7, "reported": (figure,), "engines": ("eager", "onnxruntime")}
     ours = BENCHMARK.model_copy(update=changes | {"variants": {"under-another-name": Variant(method="taylor")}})
     asked = plan(ours, str(ours.task.data), ["under-another-name"], seeds=[0])
-    for run in RUNS:  # timed in one engine; the second seed by code that was not committed
+    for run in ALL_RUNS:  # timed in one engine; the second seed by code that was not committed
         if run.arm in ("taylor", "random"):
             store.publish(make_record(run, accuracy=0.7, clean=run.seed != 1))
+        if run.arm == "scratch-e" and run.granularity == "weight":
+            store.publish(make_record(run.model_copy(update={"version": 1})))
+        if run.arm == "snip":
+            store.publish(make_record(run, status="failed"))
     progress = runner.survey(asked, store)
     runner.take_over(progress, store, ours)
     by_budget = {record.run.budget_label: record for record in progress.done.values()}
@@ -77,6 +82,9 @@ def test_equal_work_of_another_benchmark_is_taken_over_if_it_could_be_official_h
     dirty = runner.survey(plan(ours, str(ours.task.data), ["under-another-name"], seeds=[1]), store)
     runner.take_over(dirty, store, ours)
     assert dirty.done == {}
+    others = runner.survey(plan(ours, str(ours.task.data), ["scratch-e", "snip"], seeds=[0]), store)
+    runner.take_over(others, store, ours)
+    assert others.done == {}  # of an earlier version, where the same run had another figure, and failed
 
 
 def test_a_job_whose_process_dies_is_started_again_and_costs_only_itself(tmp_path):

@@ -9,12 +9,14 @@ from secateur.core.masks import Masks
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Scope
 from secateur.errors import BudgetUnreachable
+from secateur.job import make_job
 from secateur.parts.granularity import channel
 from secateur.parts.granularity.channel import Channel
 from secateur.parts.granularity.weight import Weight
 from secateur.structure import prove, rules
 from secateur.structure.dims import leaf
 from secateur.structure.masked import run_masked
+from secateur.structure.plan import Plan
 from secateur.testing.toys import toy
 
 
@@ -42,6 +44,9 @@ def test_heads_and_head_dims_sum_over_their_factor():
     assert total["blocks.0.attention.qkv[heads]"].tolist() == [per_head] * heads
     per_dim = 3 * heads * (width + 1) + width * heads
     assert total["blocks.0.attention.qkv[head_dim]"].tolist() == [per_dim] * head_dim
+
+
+LATE = {"name": "one-shot", "at": 0.5}
 
 
 def every_second(units):
@@ -80,9 +85,71 @@ def test_axes_that_the_first_cut_shows_to_be_wrong_are_frozen_and_the_rest_is_cu
         )
 
 
+class Concatenated(nn.Module):
+    """Two layers side by side; a running sum over the units of a third, which no half of them computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.d(self.c(torch.cat([self.a(x), self.b(x)], 1).relu()).cumsum(1))
+
+
+def sums_units_whatever_their_order(call):
+    call.tracer.consume("self", call["self"], [1])
+    call.tracer.follow(call.out, call["self"], call.tracer.dims(call["self"]))
+
+
+def test_axes_that_stay_whole_are_reordered_beside_those_that_are_cut(monkeypatch):
+    proofs = []
+    monkeypatch.setattr(channel, "proved", lambda *args: proofs.append(args) or prove.proved(*args))
+    units = Channel().units(Concatenated().eval(), torch.randn(3, 5), Scope())
+    assert set(units.shapes) == {"a", "b"}
+    assert units.keep({**units.whole(), "a": torch.arange(8) % 2 == 0}) and not proofs
+
+
+def test_a_wrong_axis_is_found_by_a_first_cut_that_leaves_it_whole(monkeypatch):
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+    units = Channel().units(Concatenated().eval(), torch.randn(3, 5), Scope())
+    assert set(units.shapes) == {"a", "b", "c"}
+    assert units.keep({**units.whole(), "a": torch.arange(8) % 2 == 0})  # it loses nothing by this cut
+    assert set(units.shapes) == {"a", "b"} and [len(axis.kept) for axis in units.plan.axes.values()] == [4]
+
+
+@pytest.mark.parametrize(
+    ("slots", "before"), [({}, False), ({"criterion": "taylor"}, True), ({"schedule": LATE}, True)]
+)
+def test_the_analysis_is_proved_before_any_pass_over_data_and_any_training(monkeypatch, slots, before):
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+    data = [(torch.randn(4, 5), torch.randint(3, (4,)))] * 2
+    model, budget = Concatenated().eval(), sc.Budget(macs=0.7)
+    job = make_job(model, data[0][0], None, budget, "magnitude", {"granularity": "channel", **slots}, 0)
+    assert ("c" not in job.start(model, data, None, None).units.shapes) is before
+
+
+def test_a_pruner_goes_on_where_one_was_whose_first_cut_froze_an_axis(monkeypatch):
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+
+    def made():
+        model = Concatenated().eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        budget = sc.Budget(macs=0.7)
+        return sc.Pruner(
+            model, torch.randn(3, 5), optimizers=optimizer, total_steps=2, budget=budget, granularity="channel"
+        )
+
+    first, second = made(), made()
+    first.step()
+    assert set(first._run.units.shapes) == {"a", "b"}
+    second.load_state_dict(first.state_dict())
+    assert second._run.units.plan == first._run.units.plan != Plan()
+    assert second._run.units.shapes == first._run.units.shapes
+
+
 def test_narrow_axes_are_proved_one_by_one_before_the_first_cut(monkeypatch):
     found = []
-    monkeypatch.setattr(channel, "proved_structure", lambda *args: found.append(args) or prove.proved_structure(*args))
+    monkeypatch.setattr(channel, "proved", lambda *args: found.append(args) or prove.proved(*args))
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     units = Channel().units(model, torch.randn(3, 5), Scope())
     assert units.keep(every_second(units)) and len(found) == 1 and units.proofs[0].ok

@@ -68,7 +68,7 @@ class Ladder(Value):
 
 
 class Variant(Value):
-    """A method with other answers, under a name of its own.
+    """A method with other answers, under a name of its own or in the place of the method.
 
     Attributes:
         method: The method.
@@ -145,8 +145,8 @@ class Benchmark(Value):
         official: What counts as official.
         ladders: Budgets.
         controls: What methods are compared with, by name.
-        variants: Methods with other answers, by names of their own.
-        only: The methods that take part as they are; default: all that have units of one of the ladders.
+        variants: Methods with other answers, by names of their own, or by the name of the method whose place they take.
+        only: The methods that take part; default: all that have units of one of the ladders.
         reported: Figures of papers for the same setting.
         claims: What papers say that the records decide.
     """
@@ -177,6 +177,13 @@ class Benchmark(Value):
         if len(set(seeds)) != len(seeds):
             raise InvalidRecipe(f"seeds must differ from each other; got {list(seeds)}")
         return seeds
+
+    @model_validator(mode="after")
+    def _variants_take_no_other_place(self) -> Self:
+        for name, variant in self.variants.items():
+            if name != variant.method and name in registry.cards():
+                raise InvalidRecipe(f"the variant {name!r} of {variant.method!r} has the name of another method")
+        return self
 
     @model_validator(mode="after")
     def _claims_are_about_its_arms(self) -> Self:

@@ -80,7 +80,7 @@ def forget(progress: Progress, store: Store, place: Workplace, benchmark: Benchm
 
 
 def take_over(progress: Progress, store: Store, benchmark: Benchmark) -> None:
-    """Write records of what other benchmarks of the task have from equal work; changes `progress`."""
+    """Write records of what other benchmarks in the same folder have from equal work; changes `progress`."""
     for record in store.made_for_others(progress.missing, benchmark):
         progress.done[record.id] = store.publish(record)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from secateur.atomic import written_atomically
 from secateur.bench import RESULTS
-from secateur.bench.benchmarks import Benchmark
+from secateur.bench.benchmarks import Benchmark, benchmark_names, find_benchmark
 from secateur.bench.records import Record, Run, read_record, to_text
 from secateur.errors import InvalidRecord
 
@@ -87,16 +87,21 @@ class Store:
         return records, refused
 
     def made_for_others(self, runs: Iterable[Run], benchmark: Benchmark) -> list[Record]:
-        """Return, as records of these runs, what other benchmarks of the task have from equal work.
+        """Return, as records of these runs, what other benchmarks in the same folder have from equal work.
 
-        Only what could be official here, and was timed in the engines of this benchmark.
+        Only what could be official, there as they are now and here, and was timed in the engines of this benchmark.
         """
-        wanted = {run.work: run for run in runs}
+        wanted: dict[str, list[Run]] = defaultdict(list)
+        for run in runs:
+            wanted[run.work].append(run)
+        others = {name: find_benchmark(name) for name in benchmark_names() if name != benchmark.name}
         found = []
         for record in self.read(str(Path(benchmark.name).parent))[0] if wanted else ():
-            run = wanted.get(record.run.work)
+            other = others.get(record.run.benchmark)
             timed = not record.machine.latency or set(record.machine.latency) == set(benchmark.engines)
-            if run is not None and record.run.benchmark != benchmark.name and timed:
+            if other is None or not timed or own_reasons(record, other):
+                continue
+            for run in wanted.get(record.run.work, ()):
                 reported = tuple(r for r in benchmark.reported if r.is_about(run))
                 ours = record.model_copy(update={"run": run, "id": run.id, "reported": reported})
                 found += [] if own_reasons(ours, benchmark) else [ours]

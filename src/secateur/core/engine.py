@@ -285,8 +285,8 @@ def _check_reachable(units: Units, budget: Budget, cost: Cost, target: float, de
     if smallest > target * (1 + budget.tolerance):
         raise BudgetUnreachable(
             f"The budget of {budget} cannot be met: the smallest network that can be reached costs {smallest:,.6g} of "
-            f"the {dense:,.6g} now. Ask for Budget({budget.nearest(smallest, dense)}), widen the scope, or lower the "
-            "granularity's minimum or round_to."
+            f"the {dense:,.6g} before. Ask for Budget({budget.nearest(smallest, dense)}), widen the scope, or lower "
+            "the granularity's minimum or round_to."
         )
 
 

@@ -64,6 +64,11 @@ class Recipe(Value):
         return self.weights_from != "same" or self.criterion.from_scratch
 
     @property
+    def begins_with_a_cut(self) -> bool:
+        """Whether neither training nor a pass over data comes before the first cut."""
+        return self.criterion.weights_alone and self.schedule.levels(0.5)[0].at == 0
+
+    @property
     def checkpoints(self) -> set[str | int]:
         """The moments, other than those of the run itself, whose weights are needed: ``init``, or steps."""
         own = {"end", "same", "fresh"}

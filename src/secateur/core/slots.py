@@ -91,6 +91,8 @@ class Criterion(Slot):
     """Whether it draws a network of its own, whatever weights there were."""
     learns: ClassVar[bool] = False
     """Whether its scores are learned while the network trains, so that the first cut must come after some training."""
+    weights_alone: ClassVar[bool] = False
+    """Whether it looks at nothing but the weights: then a cut that cannot be proved has cost nothing."""
 
     @abstractmethod
     def score(self, context: Context) -> Scores:

@@ -93,6 +93,9 @@ class Units(ABC):
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shape of each group's scores."""
 
+    def prove_analysis(self) -> None:  # noqa: B027 (units that are only masked need no proof)
+        """Find out now what cannot be removed with proof, and freeze it; otherwise the first cut finds out."""
+
     @abstractmethod
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the parameters that hold units."""

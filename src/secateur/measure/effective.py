@@ -54,6 +54,7 @@ def effective_params(model: nn.Module, example_inputs: Any) -> int:
 def effective(model: nn.Module, example_inputs: Any) -> Effective:
     """Return which weights and units lie on a path from the input to the output; see `effective_params`."""
     units = ChannelUnits(copy.deepcopy(model), as_inputs(example_inputs), Scope())
+    units.prove_analysis()
     alive = {name: (parameter != 0).cpu() for name, parameter in model.named_parameters()}
     before, dead = -1, dict.fromkeys(units.shapes, 0)
     while (left := _count(alive)) != before:

@@ -25,6 +25,7 @@ class Magnitude(Criterion):
     """
 
     name = "magnitude"
+    weights_alone = True
     p: float = Field(2.0, gt=0)
 
     def score(self, context: Context) -> Scores:

@@ -15,6 +15,7 @@ class Random(Criterion):
     """Each unit's score is drawn from the uniform distribution on [0, 1)."""
 
     name = "random"
+    weights_alone = True
 
     def score(self, context: Context) -> Scores:
         """Return independent uniform scores, controlled by the run's seed."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanMismatch, SecateurError
-from secateur.structure.dims import Dim, order_under
+from secateur.structure.dims import Dim, leaves, order_under
 from secateur.structure.inputs import call_with_state, relative_error, undisturbed
 from secateur.structure.masked import run_masked
 from secateur.structure.plan import Plan
@@ -102,20 +102,28 @@ def _sliced(
     if not orders:
         return plan.slice_state(state)
     found = dict(state)
-    for name in plan.tensors:
-        for position, (dim, index) in enumerate(zip(structure.tensors[name], plan.indices(name), strict=True)):
-            if index is not None:
-                found[name] = found[name].index_select(position, order_under(dim, orders)[index].to(found[name].device))
+    for name in state:  # axes that stay whole are reordered too, wherever they stand
+        dims = structure.tensors[name]
+        indices = plan.indices(name) if name in plan.tensors else [None] * len(dims)
+        for position, (dim, index) in enumerate(zip(dims, indices, strict=True)):
+            if any(node in orders for node in leaves(dim)):
+                order = order_under(dim, orders)
+                order = order if index is None else order[index]
+                found[name] = found[name].index_select(position, order.to(found[name].device))
     return found
 
 
 def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
-    """Return the structure of `model` with every axis frozen that cannot be proved.
+    """Return the structure of `model` with every axis frozen that cannot be proved."""
+    return proved(model, trace(model, example_inputs), seed)
+
+
+def proved(model: nn.Module, structure: Structure, seed: int = 0) -> Structure:
+    """Return a structure of `model` with every axis frozen that cannot be proved.
 
     The analysis is verified by permutation, and then a trial cut of half of every axis is compared with the masked
     network. Axes that fail either proof are frozen, with that reason. First both are tried at once.
     """
-    structure = trace(model, example_inputs)
     trial = half_of_each(structure, [axis.name for axis in structure.prunable], seed)
     if proved_with_the_analysis(model, structure, trial, seed) is not None:
         return structure

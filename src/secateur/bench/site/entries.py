@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from secateur.bench.benchmarks import Benchmark
+from secateur.bench.benchmarks import Benchmark, Variant
 from secateur.bench.records import Record, Reported, Run
 from secateur.bench.statistics import Interval, Paired
 from secateur.bench.summary import Row
@@ -58,7 +59,7 @@ def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Ma
     return {
         "arm": row.arm,
         "role": row.role,
-        "words": CONTROL_WORDS.get(row.arm, card.summary if card else ""),
+        "words": CONTROL_WORDS.get(row.arm, card.summary if card else "") + _otherwise(benchmark.variants.get(row.arm)),
         "paradigm": "control" if row.role != "method" or card is None else card.paradigm,
         "page": card.name if card else "",
         "units": row.granularity,
@@ -77,6 +78,13 @@ def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Ma
         "failures": [[r.run.seed, r.error.message if r.error else "", address[r.id]] for r in row.failures],
         "command": command(some.run, every_seed=True),
     }
+
+
+def _otherwise(variant: Variant | None) -> str:
+    """Return in which slots a variant differs from its method, as a recipe is written."""
+    if variant is None:
+        return ""
+    return f" Here with {', '.join(f'{slot}: {json.dumps(answer)}' for slot, answer in variant.slots.items())}."
 
 
 def recovery_words(run: Run) -> str:

@@ -16,7 +16,7 @@ from secateur.parts.granularity.cut import CutUnits
 from secateur.structure.dims import Dim, leaves, unit_index
 from secateur.structure.inputs import Inputs, as_inputs
 from secateur.structure.plan import Plan
-from secateur.structure.prove import proved_structure, proved_with_the_analysis
+from secateur.structure.prove import proved, proved_with_the_analysis
 from secateur.structure.roles import COUNTED, ROLES, Role
 from secateur.structure.structure import Axis, Structure
 from secateur.structure.trace import trace
@@ -137,7 +137,7 @@ class ChannelUnits(CutUnits):
 
     def by_name(self, kept: Kept) -> Kept:
         """Return the selection itself: groups are axes."""
-        return kept
+        return {name: mask.cpu() for name, mask in kept.items()}
 
     def kept_in(self, plan: Plan) -> Kept:
         """Return which units of each axis a plan keeps."""
@@ -147,20 +147,24 @@ class ChannelUnits(CutUnits):
         return kept
 
     def prove(self, kept: Kept) -> tuple[Verification, Structure]:
-        """Return the proof of a cut; the first one proves the analysis of all axes, too.
+        """Return the proof of a cut; the first one proves the analysis of all axes, too, if nothing has done so yet.
 
         If it fails, each axis is proved, and those that fail are frozen.
         """
         if not self._proved:
-            self._proved = True
             proof = proved_with_the_analysis(self.model, self.structure, kept)
             if proof is not None:
+                self._proved = True
                 return proof, self.structure
-            reasons = proved_structure(self.model, self.inputs).reasons
-            wrong = {axis.name: reasons[axis.name] for axis in self.structure.prunable if axis.name in reasons}
-            if wrong:
-                return Verification(float("inf"), ok=False), self.structure.frozen(wrong)
+            self.prove_analysis()
+            if any(not bool(mask.all()) for name, mask in kept.items() if name not in self.shapes):
+                return Verification(float("inf"), ok=False), self.structure
         return super().prove(kept)
+
+    def prove_analysis(self) -> None:
+        """Freeze the axes that cannot be proved."""
+        self.freeze(proved(self.model, self.structure))
+        self._proved = True
 
     def structure_after(self, structure: Structure, kept: Kept) -> Structure:
         """Return the structure with shorter axes."""

@@ -269,7 +269,8 @@ function best(lines) {
   const ranks = new Map();
   for (const line of lines) if (line.role === "method") ranks.set(line.arm, Math.min(line.rank ?? Infinity, ranks.get(line.arm) ?? Infinity));
   const chosen = new Set([...ranks.keys()].sort((a, b) => ranks.get(a) - ranks.get(b)).slice(0, DRAWN));
-  return lines.filter((line) => line.role !== "method" || chosen.has(line.arm));
+  const of = (line) => line.arm.split("+")[0]; // a sanity check is drawn with its method
+  return lines.filter((line) => (line.role === "method" || ranks.has(of(line)) ? chosen.has(of(line)) : true));
 }
 
 function tracesOf(lines, axis, styles) {
