@@ -9,6 +9,7 @@ const DARK = matchMedia("(prefers-color-scheme: dark)");
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"];
 const GREY = "#8a929c";
 const PAGE_SIZE = 100;
+const DRAWN = 40; // methods in one plot: more are neither told apart nor drawn in time
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -111,7 +112,8 @@ class Board {
     const axis = this.axes.find((one) => one.key === this.form.elements.axis.value);
     const place = document.getElementById("plot");
     const shown = this.lines.filter((line) => line.value && line.x[axis.key] !== undefined && line.role !== "dense");
-    const traces = tracesOf(shown, axis, stylesOf(this.data.lines));
+    const drawn = best(shown);
+    const traces = tracesOf(drawn, axis, stylesOf(this.data.lines));
     const layout = plotLayout(innerWidth < 700 ? axis.words.replace(" (", "<br>(") : axis.words, `${this.data.metric} (%)`);
     const dense = this.data.lines.find((line) => line.role === "dense" && line.value);
     layout.shapes = dense ? denseShapes(dense) : [];
@@ -125,7 +127,7 @@ class Board {
       place.listens = true;
     }
     document.getElementById("plot-caption").textContent =
-      `${axis.note} Bars are 95 % intervals over seeds; the band is that of the dense network. Grey: controls; dotted: single weights. A click on a point opens its line.`;
+      `${drawn.length < shown.length ? `Drawn are the ${DRAWN} methods of best rank; the filters choose others. ` : ""}${axis.note} Bars are 95 % intervals over seeds; the band is that of the dense network. Grey: controls; dotted: single weights. A click on a point opens its line.`;
   }
 
   open(key) {
@@ -262,6 +264,15 @@ function stylesOf(lines) {
   return styles;
 }
 
+function best(lines) {
+  // The controls, and as many methods as a plot can show: those that rank best at one of their budgets.
+  const ranks = new Map();
+  for (const line of lines) if (line.role === "method") ranks.set(line.arm, Math.min(line.rank ?? Infinity, ranks.get(line.arm) ?? Infinity));
+  const chosen = new Set([...ranks.keys()].sort((a, b) => ranks.get(a) - ranks.get(b)).slice(0, DRAWN));
+  const of = (line) => line.arm.split("+")[0]; // a sanity check is drawn with its method
+  return lines.filter((line) => (line.role === "method" || ranks.has(of(line)) ? chosen.has(of(line)) : true));
+}
+
 function tracesOf(lines, axis, styles) {
   const groups = new Map();
   for (const line of lines) {
@@ -277,7 +288,7 @@ function tracesOf(lines, axis, styles) {
     const showlegend = !named.has(arm);
     named.add(arm);
     return {
-      name: arm, legendgroup: arm, showlegend, type: lines.length > 1500 ? "scattergl" : "scatter", mode: "lines+markers",
+      name: arm, legendgroup: arm, showlegend, type: "scatter", mode: "lines+markers",
       x: members.map((line) => line.x[axis.key]), y: members.map((line) => line.value[0]),
       error_y: {
         symmetric: false, thickness: 1.3, width: 4, color: style.color, // a share ends at 0 and 100 %, its interval too
