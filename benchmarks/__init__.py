@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from secateur.atomic import written_atomically
 from secateur.environment import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
+
+
+def over_seeds(label: str, seeds: Sequence[int], run: Callable[[int], Mapping[str, float]]) -> dict[str, Any]:
+    """Return the figures of one arm: for each of them, the values of all seeds."""
+    runs = [run(seed) for seed in seeds]
+    return {"label": label, **{key: [found[key] for found in runs] for key in runs[0]}}
 
 
 def write_record(name: str, record: dict[str, Any]) -> None:

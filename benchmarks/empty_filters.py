@@ -6,6 +6,7 @@ weights move to random places (SET), one whose weights move to where the gradien
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from benchmarks import write_record
+from benchmarks import over_seeds, write_record
 from secateur.tasks import find_task
 
 SEEDS = (0, 1, 2)
@@ -29,10 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Train every arm and write the record."""
     torch.set_num_threads(1)
-    arms = []
-    for label, settings in ARMS.items():
-        runs = [run(settings, seed) for seed in SEEDS]
-        arms.append({"label": label, **{key: [found[key] for found in runs] for key in runs[0]}})
+    arms = [over_seeds(label, SEEDS, partial(run, settings)) for label, settings in ARMS.items()]
     shares = ", ".join(f"{arm['label']} {100 * fmean(arm['empty']):.0f} %" for arm in arms)
     claim = "filters without any weight left after a sparse training at 98 % sparsity"
     write_record(

@@ -5,12 +5,13 @@ ResNet-8 on digits, at most 25 % of the MACs, the same training for all; three s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 import secateur as sc
-from benchmarks import write_record
+from benchmarks import over_seeds, write_record
 from secateur.measure.profile import macs_per_sample
 from secateur.tasks import find_task
 from secateur.tasks.reference import load_reference
@@ -31,10 +32,7 @@ def main() -> None:
     """Run every arm and write the record."""
     torch.set_num_threads(1)
     task = find_task("digits")
-    arms = []
-    for label, settings in ARMS.items():
-        runs = [run(settings, seed) for seed in SEEDS]
-        arms.append({"label": label, **{key: [found[key] for found in runs] for key in runs[0]}})
+    arms = [over_seeds(label, SEEDS, partial(run, settings)) for label, settings in ARMS.items()]
     dense = task.test_accuracy(load_reference(task))
     write_record("fbs_on_digits", {"dense": dense, "macs": MACS, "recovery": RECOVERY, "seeds": SEEDS, "arms": arms})
 

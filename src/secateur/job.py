@@ -15,7 +15,7 @@ from secateur.core.budget import Budget
 from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
 from secateur.core.units import Units
-from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe, NothingPrunable
+from secateur.errors import BudgetUnreachable, InvalidInputs, InvalidRecipe
 from secateur.measure.profile import Profile, profile
 from secateur.parts.granularity.channel_per_input import GatedUnits
 from secateur.parts.granularity.cut import CutUnits
@@ -55,8 +55,6 @@ class Job:
         units = self.recipe.granularity.units(model, self.inputs, self.recipe.scope)
         if not self.recipe.begins_with_a_cut:
             units.prove_analysis()
-        if not units.shapes:
-            raise NothingPrunable(_why_nothing(units))
         return engine.Run(
             self.recipe,
             units,
@@ -142,8 +140,3 @@ def _recipe(method: str | Recipe, slots: Mapping[str, Any]) -> Recipe:
         known = ", ".join(Recipe.model_fields)
         raise InvalidRecipe(f"Pruning got an unknown option {sorted(unknown)[0]!r}. A recipe's slots are: {known}.")
     return (method if isinstance(method, Recipe) else find_method(method)).but(**slots)
-
-
-def _why_nothing(units: Units) -> str:
-    listed = "; ".join(units.obstacles()[:4]) or "it has no parameters"
-    return f"No unit of this model may be removed: {listed}. `secateur inspect` lists every axis with its reason."

@@ -59,7 +59,7 @@ def test_everything_is_run_once_dense_references_first(tmp_path):
 
 def test_equal_work_of_another_benchmark_is_taken_over_if_it_could_be_official_here(tmp_path):
     store = Store(tmp_path)
-    setting = {"method": "taylor", "granularity": "weight", "budget": {"sparsity": 0.9}}
+    setting = {"method": "under-another-name", "granularity": "weight", "budget": {"sparsity": 0.9}}
     figure = Reported(**setting, metric="accuracy", value=0.5, source="a paper")
     changes = {"name": "digits/other", "version": 7, "reported": (figure,), "engines": ("eager", "onnxruntime")}
     ours = BENCHMARK.model_copy(update=changes | {"variants": {"under-another-name": Variant(method="taylor")}})

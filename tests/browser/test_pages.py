@@ -129,6 +129,10 @@ def test_of_many_methods_those_of_best_rank_are_drawn(opened):
     )
     assert max(ranks[name] for name in methods) <= min(ranks[name] for name in ranks.keys() - methods)
     assert "Drawn are the 40 methods of best rank" in driver.find_element("id", "plot-caption").text
+    lines = [{"arm": f"m{i}", "role": "method", "rank": i} for i in range(60)]
+    lines += [{"arm": f"m{i}+fresh", "role": "control"} for i in range(60)] + [{"arm": "random", "role": "control"}]
+    found = driver.execute_script("return best(arguments[0]).map((line) => line.arm)", lines)
+    assert found == [f"m{i}" for i in range(40)] + [f"m{i}+fresh" for i in range(40)] + ["random"]
     driver.find_element("name", "search").send_keys("taylor")
     assert "Drawn are" not in driver.find_element("id", "plot-caption").text
 

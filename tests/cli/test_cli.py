@@ -263,6 +263,7 @@ def test_train_writes_weights_and_record(cli, tmp_path):
         (("inspect", "nowhere:f", "--shape", "1,2"), "Cannot import the module of 'nowhere:f'"),
         (("inspect", "user_code:g", "--shape", "1,2"), "has no 'g'"),
         (("inspect", "user_code", "--shape", "1,2"), "neither module:function nor TASK/NETWORK"),
+        (("inspect", "/nowhere/net.safetensors"), "neither module:function nor TASK/NETWORK"),
         (("inspect", "user_code:make_model"), "either --shape, or --example"),
         (("inspect", "user_code:make_model", "--example", "user_code:no"), "has no 'no'"),
         (("inspect", "digits/vit", "--why", "fc.weigth"), "Did you mean 'fc.weight'?"),

@@ -6,6 +6,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.measure.effective import effective, effective_params
+from secateur.structure import rules
 from secateur.testing.toys import resnet20
 
 
@@ -44,6 +45,27 @@ def test_death_spreads_along_paths(net):
     net[2].weight[1, 1:] = 0  # unit 1 of the second layer hears only unit 0 of the first, which hears nothing
     # first layer: 4 + 1; second: column 0 (3), row 1 (2 more), bias 1; third: column 1 (2)
     assert count(net) == 35 - 5 - 3 - 2 - 1 - 2
+
+
+@torch.no_grad()
+def test_units_of_an_axis_that_cannot_be_proved_count_as_being_on_a_path(monkeypatch):
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).cumsum(1))  # a unit that gives nothing still hears those before it
+
+    def sums_units_whatever_their_order(call):
+        call.tracer.consume("self", call["self"], [1])
+        call.tracer.follow(call.out, call["self"], call.tracer.dims(call["self"]))
+
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+    model = Summed().eval()
+    model.a.weight[1:], model.a.bias[1:] = 0, 0
+    found = effective(model, torch.zeros(3, 4))
+    assert found.cut_off == {} and found.params == 4 + 1 + 6 * 2 + 2
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,13 @@ def test_a_wrong_axis_is_found_by_a_first_cut_that_leaves_it_whole(monkeypatch):
     assert set(units.shapes) == {"a", "b", "c"}
     assert units.keep({**units.whole(), "a": torch.arange(8) % 2 == 0})  # it loses nothing by this cut
     assert set(units.shapes) == {"a", "b"} and [len(axis.kept) for axis in units.plan.axes.values()] == [4]
+
+
+def test_a_budget_that_only_a_wrong_axis_could_meet_names_the_nearest_one(monkeypatch):
+    monkeypatch.setitem(rules.all_rules(), "cumsum", sums_units_whatever_their_order)
+    nearest = (5 + 5 + 2 * 8 + 8 * 3) / (5 * 8 + 5 * 8 + 16 * 8 + 8 * 3)  # one unit of a and b, all of c
+    with pytest.raises(BudgetUnreachable, match=rf"Ask for Budget\(macs={ceil(1e4 * nearest) / 1e4:.4f}\)"):
+        sc.prune(Concatenated().eval(), torch.randn(3, 5), granularity="channel", budget=sc.Budget(macs=0.1))
 
 
 @pytest.mark.parametrize(

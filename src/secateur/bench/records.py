@@ -256,8 +256,8 @@ class Reported(Part):
     note: str = ""
 
     def is_about(self, run: Run) -> bool:
-        """Return whether a run has this setting."""
-        return (self.method, self.granularity, self.budget) == (run.method, run.granularity, run.budget)
+        """Return whether a run has this setting; a variant or a control of the method has not."""
+        return (self.method, self.granularity, self.budget) == (run.arm, run.granularity, run.budget)
 
 
 class Failure(Part):

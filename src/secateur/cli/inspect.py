@@ -89,7 +89,7 @@ def _model_and_inputs(model: str, shape: str | None, example: str | None) -> tup
 def _check_named(model: str) -> None:
     from secateur.errors import InvalidRecipe
 
-    if ":" not in model and "/" not in model:
+    if ":" not in model and ("/" not in model or model.startswith(("/", "."))):
         raise InvalidRecipe(f"{model!r} is neither module:function nor TASK/NETWORK, such as digits/resnet8.")
 
 

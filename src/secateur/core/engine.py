@@ -86,9 +86,7 @@ class Run:
         seed: int = 0,
     ) -> None:
         if not units.shapes:
-            raise NothingPrunable(
-                "No unit of this model may be removed. `secateur inspect` shows what is frozen and why."
-            )
+            raise NothingPrunable(f"No unit of this model may be removed: {_why_nothing(units)}")
         self.recipe, self.units, self.budget, self.seed = recipe, units, budget, seed
         self._cost_of, self._data, self._loss = cost_of, data, loss
         live = units.alive() if recipe.weights_from == "same" else units.counts()
@@ -229,9 +227,9 @@ class Run:
         while not self._keep(context, self._selected(priorities, allowed)):
             priorities = {group: values for group, values in priorities.items() if group in units.shapes}
             if not priorities:
-                why = "; ".join(units.obstacles()[:4])
                 raise NothingPrunable(
-                    f"No cut of this model could be proved equal to the masked network; none was made: {why}."
+                    "No cut of this model could be proved equal to the masked network; none was made: "
+                    + _why_nothing(units)
                 )
             _check_reachable(units, self.budget, self._cost, self._target, self._dense)
 
@@ -273,6 +271,11 @@ def _target(units: Units, live: Mapping[str, int], budget: Budget, cost: Cost) -
         )
     _check_reachable(units, budget, cost, target, dense)
     return dense, target
+
+
+def _why_nothing(units: Units) -> str:
+    listed = "; ".join(units.obstacles()[:4]) or "it has no parameters"
+    return f"{listed}. `secateur inspect` lists every axis with its reason."
 
 
 def _check_reachable(units: Units, budget: Budget, cost: Cost, target: float, dense: float) -> None:

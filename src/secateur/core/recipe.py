@@ -65,7 +65,7 @@ class Recipe(Value):
 
     @property
     def begins_with_a_cut(self) -> bool:
-        """Whether neither training nor a pass over data comes before the first cut."""
+        """Whether neither training nor scores that take data come before the first cut."""
         return self.criterion.weights_alone and self.schedule.levels(0.5)[0].at == 0
 
     @property

@@ -73,7 +73,7 @@ def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Ma
         "rank": row.rank,
         "official": row.official,
         "reasons": list(row.reasons),
-        "reported": [_reported(r) for r in matching(benchmark.reported, some.run)],
+        "reported": [_reported(r) for r in benchmark.reported if r.is_about(some.run)],
         "records": [[r.run.seed, round(100 * r.value, 3), address[r.id]] for r in row.records],
         "failures": [[r.run.seed, r.error.message if r.error else "", address[r.id]] for r in row.failures],
         "command": command(some.run, every_seed=True),
@@ -107,11 +107,6 @@ def budget_words(label: str) -> str:
     if kind in ("macs", "params", "bytes"):
         return f"{100 * float(value):g} % of the {'MACs' if kind == 'macs' else kind}"
     return label
-
-
-def matching(reported: Iterable[Reported], run: Run) -> list[Reported]:
-    """Return what papers say about this method, these units and this budget."""
-    return [r for r in reported if (r.method, r.granularity, r.budget) == (run.arm, run.granularity, run.budget)]
 
 
 def _costs(row: Row, engines: Iterable[str]) -> dict[str, float]:
