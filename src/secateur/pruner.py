@@ -159,7 +159,7 @@ class Pruner:
             with torch.random.fork_rng():
                 torch.manual_seed(seed_for(f"prune at step {self.steps}", self._job.seed))
                 happened = self._run.prune()
-            if self._job.recipe.weights_from != "same":
+            if self._job.recipe.weights_after(last=self._run.next_level is None) != "same":
                 self._restart_companions()
             self._inform_teachers()
             self._hold_masks()

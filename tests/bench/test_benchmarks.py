@@ -12,7 +12,7 @@ from secateur.bench.benchmarks import (
     plan,
     read_benchmark,
 )
-from secateur.core.recipe import Recipe
+from secateur.core.recipe import FreshAtLast, Recipe
 from secateur.errors import InvalidRecipe, UnknownName
 from secateur.tasks import find_task
 
@@ -171,6 +171,8 @@ def test_sanity_checks_of_a_method_are_controls_with_its_own_mask(tmp_path):
         assert shuffled.allocation.of == plain[name].allocation
         assert fresh.weights_from == "fresh" and fresh.recovery.epochs == benchmark.training.epochs
         assert fresh.but(weights_from=plain[name].weights_from, recovery=plain[name].recovery) == plain[name]
+    tickets = plan(find_benchmark("fashion-mnist/resnet8-from-init"), "0" * 16, ["lottery-4-rounds+fresh"], seeds=[0])
+    assert Recipe(**tickets[-1].recipe).weights_from == FreshAtLast(earlier="init")  # the ticket's own mask
     asked = plan(find_benchmark("digits/resnet8"), "0" * 16, ["magnitude+fresh"], [parse_budget("sparsity=0.9")], [0])
     assert [run.label for run in asked] == ["dense seed 0", "magnitude+fresh weight sparsity=0.9 seed 0"]
     with pytest.raises(InvalidRecipe, match="sanity must name budgets"):

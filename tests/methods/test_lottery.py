@@ -109,6 +109,25 @@ def test_rewinding_fine_tuning_and_the_learning_rate_are_answers_to_two_question
     assert rates["weights"][:n] == rates["weights"][n : 2 * n] and rates["weights"][0] == 0.05
 
 
+def test_new_weights_at_the_last_cut_are_trained_under_the_mask_of_the_ticket():
+    model, x, data, kept = trained()
+    ticket = tickets(model, x, data, checkpoints=kept)
+    steps = {}
+
+    def keep(state):
+        steps[state.step] = copy.deepcopy(state.model.state_dict())
+
+    source = {"name": "fresh-at-last", "earlier": "init"}
+    found = tickets(model, x, data, weights_from=source, checkpoints=kept, on_step=keep)
+    assert all(torch.equal(mask, ticket.masks[name]) for name, mask in found.masks.items())
+    first = steps[3 * len(data) + 1]  # one step of the last round: far from the ticket's first weights, as new ones are
+    for name, mask in found.masks.items():
+        old, new = kept["init"][name][mask], first[name][mask]
+        assert torch.corrcoef(torch.stack([old, new]))[0, 1].abs() < 0.5 and (first[name] != 0)[mask].all()
+    with pytest.raises(MissingCheckpoint, match="init"):
+        tickets(model, x, data, weights_from=source)
+
+
 def test_a_fresh_network_is_trained_first_and_is_its_own_init():
     model, x = toy("mlp")
     data, init = toy_batches("mlp"), copy.deepcopy(model.state_dict())

@@ -12,7 +12,7 @@ from secateur.bench.records import Reported, Run
 from secateur.core import registry
 from secateur.core.budget import Budget
 from secateur.core.method import method
-from secateur.core.recipe import Recipe
+from secateur.core.recipe import FreshAtLast, Recipe
 from secateur.core.slots import Granularity, Recovery, Scope
 from secateur.core.value import Value
 from secateur.errors import InvalidRecipe, UnknownName
@@ -373,12 +373,18 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
     if check == "shuffled":
         recipe = recipe.but(allocation=Shuffled(of=recipe.allocation))
     if check == "fresh":
-        recipe = recipe.but(weights_from="fresh")
+        recipe = _with_fresh_weights(recipe)
     recovery = ladder.recovery
     if recipe.from_scratch:
         compute = what.compute if isinstance(what, Control) else "epochs"
         recovery = benchmark.training.model_copy(update={"compute": compute})
     return recipe.but(recovery=recovery, scope=ladder.scope)
+
+
+def _with_fresh_weights(recipe: Recipe) -> Recipe:
+    """Return the recipe with new weights under its last mask; those that training has found until then stay."""
+    between = any(level.at > 0 for level in recipe.schedule.levels(0.5)[1:])
+    return recipe.but(weights_from=FreshAtLast(earlier=recipe.weights_after(last=False)) if between else "fresh")
 
 
 def budget_label(budget: Budget) -> str:

@@ -145,10 +145,11 @@ class Run:
         with self._weights_of(recipe.mask_from):
             self.scores = self._averaged(recipe.criterion.score(context))
         self._cut(context, self._priorities(self.scores), self._allowed(level))
-        if recipe.weights_from == "fresh":
+        source = recipe.weights_after(last=level is self.levels[-1])
+        if source == "fresh":
             units.redraw()
-        elif recipe.weights_from != "same":
-            units.reset(self._checkpoint(recipe.weights_from))
+        elif source != "same":
+            units.reset(self._checkpoint(source))
         recipe.repair.after_cut(context)
         counts = units.counts()
         self.rounds.append(Round(level.keep, self._cost(counts), counts, context.samples_used))

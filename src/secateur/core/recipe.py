@@ -17,8 +17,24 @@ MaskSource = Annotated[Literal["end", "init"] | NonNegativeInt | EarlyBird, Befo
 """``end``: the weights as they are when pruning happens; ``init`` or a step: a checkpoint that was kept;
 ``early-bird``, or a mapping with that name and settings: the weights as they are when the mask has settled."""
 
-WeightSource = Literal["same", "init", "fresh"] | NonNegativeInt
+WeightsAfterCut = Literal["same", "init", "fresh"] | NonNegativeInt
 """``same``: whatever is live; ``init`` or a step: rewound; ``fresh``: drawn anew (Scratch)."""
+
+
+class FreshAtLast(Value):
+    """New weights under the last mask only, which is found as it would be without them: a sanity check of that mask.
+
+    Attributes:
+        name: ``fresh-at-last``.
+        earlier: Where the weights come from after all cuts but the last.
+    """
+
+    name: Literal["fresh-at-last"] = "fresh-at-last"
+    earlier: WeightsAfterCut
+
+
+WeightSource = WeightsAfterCut | FreshAtLast
+"""The same after each cut, or another answer after the last one."""
 
 
 class Recipe(Value):
@@ -58,6 +74,13 @@ class Recipe(Value):
         changes = {name: answer for name, answer in slots.items() if answer is not None}
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
+    def weights_after(self, last: bool) -> WeightsAfterCut:
+        """Return where the weights come from after a cut that is the last one, or is not."""
+        source = self.weights_from
+        if isinstance(source, FreshAtLast):
+            return "fresh" if last else source.earlier
+        return source
+
     @property
     def from_scratch(self) -> bool:
         """Whether the pruned network owes nothing to the trained weights, and so needs a whole training."""
@@ -72,7 +95,8 @@ class Recipe(Value):
     def checkpoints(self) -> set[str | int]:
         """The moments, other than those of the run itself, whose weights are needed: ``init``, or steps."""
         own = {"end", "same", "fresh"}
-        return {m for m in (self.mask_from, self.weights_from) if not isinstance(m, EarlyBird) and m not in own}
+        named = (self.mask_from, self.weights_after(last=False), self.weights_after(last=True))
+        return {m for m in named if not isinstance(m, EarlyBird) and m not in own}
 
     @property
     def hash(self) -> str:

@@ -93,7 +93,8 @@ class Recoverer:
     def _trainer_of(self, run: Run, settings: FineTune) -> Trainer:
         """Return the trainer, whose momentum is carried over cuts; a new one if the weights were set back."""
         units = run.units
-        rewound = self._recipe.weights_from != "same"  # old momentum has nothing to do with these weights
+        # old momentum has nothing to do with weights that a cut has set back
+        rewound = self._recipe.weights_after(last=run.next_level is None) != "same"
         if self._trainer is None or rewound:
             self._trainer = Trainer(
                 units.model,
