@@ -38,7 +38,7 @@ class Adds(nn.Module):
 
 
 def branch_names(model, x):
-    return [branch.name for branch in sc.trace(model.eval(), x).branches]
+    return [branch.name for branch in sc.trace(model.eval(), x).branches if branch.prunable]
 
 
 def zeroed(model, *names):
@@ -91,6 +91,15 @@ def test_additions_in_place_and_from_earlier_values():
     for name in ("a", "b", "d"):
         small = cut_copy(model, make_plan(structure, {name: GONE}))
         assert relative_error(small(x), zeroed(model, name)(x)) < 1e-6
+
+
+def test_a_branch_beside_a_projection_is_one_that_stays():
+    model, x = toy("resnet20")
+    structure = sc.trace(model, x)
+    assert [branch.name for branch in structure.branches] == [f"blocks.{i}.{{conv1,bn1,conv2,bn2}}" for i in range(9)]
+    stay = [branch for branch in structure.branches if not branch.prunable]
+    assert [branch.gate[0] for branch in stay] == ["blocks.3.bn2.weight", "blocks.6.bn2.weight"]
+    assert all("projection" in structure.reasons[branch.name] and branch.macs > 0 for branch in stay)
 
 
 def test_a_wrong_drop_is_noticed():

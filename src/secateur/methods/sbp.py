@@ -6,6 +6,7 @@ Hayou, Ton, Doucet, Teh: Robust Pruning at Initialization, ICLR 2021 (arXiv 2002
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -29,6 +30,7 @@ class Sbp(Criterion):
     """
 
     name = "sbp"
+    version: ClassVar[int] = 2
     sigma_w: float = Field(math.sqrt(2), gt=0)
     stable: bool = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from secateur.structure.history import ModuleCall
 from secateur.structure.tracer import Tracer
@@ -70,15 +71,36 @@ def _start(tracer: Tracer, branch: int, stream: int, previous: Mapping[int, int]
 
 def joined_sums(tracer: Tracer) -> list[int]:
     """Return the sums of two branches that one module computed from one tensor: a shortcut with a projection."""
+    return [total for total, *_ in _joined(tracer)]
+
+
+def projected_additions(tracer: Tracer) -> list[Addition]:
+    """Return the joined sums as additions to a stream, which is the side with fewer contractions: the projection."""
     found = []
+    for total, start, a, b in _joined(tracer):
+        if start is not None and a.contractions != b.contractions:
+            stream, branch = sorted((a, b), key=lambda side: side.contractions)
+            argument = "self" if branch is a else "other"
+            found.append(Addition(total, stream.value, start, branch.value, argument))
+    return found
+
+
+class _Side(NamedTuple):
+    """An operand of a joined sum, and by how many contractions its module computed it."""
+
+    value: int
+    contractions: int
+
+
+def _joined(tracer: Tracer) -> Iterator[tuple[int, int | None, _Side, _Side]]:
+    """Yield each joined sum, the value from which both of its sides were computed, and these."""
     for total, a, b in _sums(tracer):
         module = tracer.history.values[total].module
         if module is None or module.parent is None:
             continue
         (left, left_start), (right, right_start) = (_within(tracer, value, module) for value in (a, b))
         if left and right and not left & right and left_start == right_start:
-            found.append(total)
-    return found
+            yield total, left_start, _Side(a, len(left)), _Side(b, len(right))
 
 
 def _within(tracer: Tracer, number: int, module: ModuleCall) -> tuple[set[int], int | None]:

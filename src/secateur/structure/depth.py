@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import prod
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.structure.branches import Addition, residual_additions
+from secateur.structure.branches import Addition, projected_additions, residual_additions
 from secateur.structure.dims import Dim, leaf
 from secateur.structure.history import History, ModuleCall
 from secateur.structure.tracer import Site, Tracer
@@ -48,6 +48,8 @@ class Branch:
     leaf: Dim = field(repr=False, compare=False)
 
 
+BESIDE_A_PROJECTION = "its shortcut is a projection, so that its sum has another shape than what it reads"
+
 Computed = tuple[Addition, tuple[ModuleCall, ...]]
 """The addition of a branch, and the calls of the modules that compute the branch."""
 
@@ -56,14 +58,25 @@ def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
     """Return the residual branches in order, and let the additions be sites where they are consumed."""
     runs = _Runs(model, tracer.history)
     found = [(addition, runs.computing(addition)) for addition in residual_additions(tracer)]
-    branches: list[Branch] = []
+    branches: dict[int, Branch] = {}
     caches: list[Any] = []
     for addition, calls in _disjoint([each for each in found if each[1]], tracer.history):
         branch = _branch(runs.modules, tracer, calls, _obstacle(calls, caches))
         operation = tracer.history.values[addition.total].operation
         tracer.sites[operation].append(Site(addition.argument, 0, branch.leaf))
-        branches.append(branch)
-    return tuple(branches)
+        branches[operation] = branch
+    return tuple(branch for _, branch in sorted({**branches, **_beside_projections(tracer, runs, branches)}.items()))
+
+
+def _beside_projections(tracer: Tracer, runs: _Runs, others: Collection[int]) -> dict[int, Branch]:
+    """Return the branches whose shortcut is a projection, by their sums: they stay, and hold none of the `others`."""
+    found = {}
+    for addition in projected_additions(tracer):
+        calls = runs.computing(addition)
+        if calls and not any(call.start <= operation < call.stop for call in calls for operation in others):
+            operation = tracer.history.values[addition.total].operation
+            found[operation] = _branch(runs.modules, tracer, calls, BESIDE_A_PROJECTION)
+    return found
 
 
 def _disjoint(found: Sequence[Computed], history: History) -> list[Computed]:
