@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import secateur as sc
 from secateur.bench.benchmarks import SANITY, Benchmark, benchmark_names, find_benchmark
 from secateur.bench.demo_report import LEGEND, headline_of, table_of, verdict_of
 from secateur.bench.site.entries import budget_words
-from secateur.bench.statistics import Interval, interval
+from secateur.bench.statistics import Interval, Paired, interval
 from secateur.bench.store import Store
-from secateur.bench.summary import CONTROLS, Row, check_claims, summarize
+from secateur.bench.summary import CONTROLS, Row, check_claims, check_masks, summarize
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "src/secateur/methods/*.md")
@@ -138,7 +139,7 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
         words,
         markdown_table(head, lines),
         _against_random(own, method, len(benchmark.seeds)),
-        _sanity(own, values),
+        _masks(rows, own),
         claims,
     )
     return "\n\n".join(filter(None, parts))
@@ -162,15 +163,43 @@ def _claims(rows: list[Row], benchmark: Benchmark, method: str) -> str:
     return markdown_table(head, lines) if lines else ""
 
 
-def _sanity(rows: list[Row], values: dict[tuple[str, str, str], str]) -> str:
-    """Return what is left of an arm when its mask is shuffled within layers, and when it gets new weights."""
+def _masks(rows: list[Row], own: list[Row]) -> str:
+    """Return what every mask of a benchmark is worth when it is shuffled, or has new weights; if the method has one."""
+    checked = check_masks(rows)
+    if not any(found.row in own for found in checked):
+        return ""
     lines = [
-        (f"`{row.arm}`, {budget_words(row.budget)}", percent(row.value), *checks)
-        for row in rows
-        if all(checks := [values.get((f"{row.arm}+{check}", row.granularity, row.budget), "") for check in SANITY])
+        (
+            f"`{found.row.arm}`, {budget_words(found.row.budget)}",
+            percent(found.row.value),
+            *(f"{percent(found.checks[c].value)} ({_points(found.paired[c])})" for c in SANITY),
+        )
+        for found in checked
     ]
-    head = ("sanity checks", "as it is (%)", "mask shuffled within layers (%)", "new weights under the mask (%)")
-    return markdown_table(head, lines) if lines else ""
+    head = ("mask", "as it is (%)", "shuffled within layers (%)", "new weights under it (%)")
+    words = "**Do masks hold more than how many weights each layer keeps?** " + " ".join(
+        _counted(what, [found.paired[check] for found in checked]) for check, what in CHECKED.items()
+    )
+    return f"{words}\n\n{markdown_table(head, lines)}"
+
+
+CHECKED = {"shuffled": "With its mask shuffled within layers", "fresh": "With new weights under its mask"}
+
+
+def _counted(what: str, differences: list[Paired]) -> str:
+    """Return in words how many methods end lower, higher, or not told apart."""
+    found = Counter(difference.verdict for difference in differences)
+    words = {"worse": "end{s} lower", "undecided": "{are} not told apart", "better": "end{s} **higher**"}
+    parts = [
+        f"{n} {words[verdict].format(s='s' * (n == 1), are='is' if n == 1 else 'are')}"
+        for verdict in words
+        if (n := found[verdict])
+    ]
+    return f"{what}, of {len(differences)} mask{'s' * (len(differences) != 1)} {', '.join(parts)}."
+
+
+def _points(difference: Paired) -> str:
+    return f"{100 * difference.difference.mean:+.2f}, {difference.verdict}"
 
 
 RIVALS = {

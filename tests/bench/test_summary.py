@@ -4,11 +4,12 @@ import pytest
 from tests.bench.test_records import make_record
 
 from secateur.bench.benchmarks import Claim, find_benchmark, plan
-from secateur.bench.summary import check_claims, fronts, summarize
+from secateur.bench.summary import check_claims, check_masks, fronts, summarize
 from secateur.core.budget import Budget
 from secateur.errors import InvalidRecipe, UnknownName
 
 BENCHMARK = find_benchmark("digits/resnet8")
+CHECKS = ("+shuffled", "+fresh")
 ACCURACY = {"dense": 0.99, "taylor": 0.95, "magnitude": 0.94, "random": 0.90, "scratch-e": 0.97, "scratch-b": 0.98}
 RUNS = plan(BENCHMARK, str(BENCHMARK.task.data), methods=[arm for arm in ACCURACY if arm != "dense"])
 
@@ -79,6 +80,18 @@ def test_claims_of_papers_are_decided_by_the_records_at_each_budget():
         ("scratch-b", "macs=0.25", "undecided"),
     ]  # scratch-e has no records, scratch-b none for single weights
     assert found[0].paired.difference.mean == pytest.approx(0.01) and found[0].claim.method == "taylor"
+
+
+def test_a_mask_is_judged_by_what_its_sanity_checks_lose_and_only_when_both_have_run():
+    runs = plan(BENCHMARK, str(BENCHMARK.task.data), [f"{m}{c}" for m in ("snip", "grasp") for c in ("", *CHECKS)])
+    lost = {"snip": 0.0, "snip+shuffled": 0.05, "snip+fresh": -0.02, "grasp": 0.0, "grasp+fresh": 0.1}
+    records = [make_record(r, accuracy=0.9 - lost[r.arm] + 0.001 * r.seed) for r in runs if r.arm in lost]
+    found = check_masks(summarize(records, BENCHMARK))
+    assert [(c.row.arm, c.row.budget) for c in found] == [("snip", "sparsity=0.9"), ("snip", "sparsity=0.95")]
+    shuffled, fresh = (found[0].paired[check] for check in ("shuffled", "fresh"))
+    assert shuffled.difference.mean == pytest.approx(-0.05) and shuffled.verdict == "worse"
+    assert fresh.difference.mean == pytest.approx(0.02) and fresh.verdict == "better"
+    assert found[0].checks["fresh"].value.mean == pytest.approx(0.921)
 
 
 def test_a_claim_is_about_arms_that_the_benchmark_has():

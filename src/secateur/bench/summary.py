@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from secateur.bench.benchmarks import Benchmark, Claim, budget_label
+from secateur.bench.benchmarks import SANITY, Benchmark, Claim, budget_label
 from secateur.bench.records import Record
 from secateur.bench.statistics import Interval, Paired, hypervolume, interval, paired, ranks
 from secateur.bench.store import standing
@@ -114,6 +114,35 @@ def check_claims(rows: Iterable[Row], benchmark: Benchmark) -> list[Checked]:
                 continue
             if (difference := paired(_by_seed(row.records), _by_seed(other.records))) is not None:
                 checked.append(Checked(claim, row, other, difference))
+    return checked
+
+
+@dataclass(frozen=True)
+class MaskChecked:
+    """A method's mask at one budget, and what its sanity checks say of it.
+
+    Attributes:
+        row: The method as it is.
+        checks: The same with its mask shuffled, or with new weights under it, by the check (`SANITY`).
+        paired: How much higher these are, seed by seed.
+    """
+
+    row: Row
+    checks: dict[str, Row]
+    paired: dict[str, Paired]
+
+
+def check_masks(rows: Iterable[Row]) -> list[MaskChecked]:
+    """Return the methods that have results of both sanity checks, at every budget, in the order of the rows."""
+    by_setting = {(row.granularity, row.budget, row.arm): row for row in rows}
+    checked = []
+    for (granularity, budget, arm), row in by_setting.items():
+        names = {check: (granularity, budget, f"{arm}+{check}") for check in SANITY}
+        checks = {check: by_setting[name] for check, name in names.items() if name in by_setting}
+        found = {check: paired(_by_seed(other.records), _by_seed(row.records)) for check, other in checks.items()}
+        differences = {check: difference for check, difference in found.items() if difference is not None}
+        if len(differences) == len(SANITY):
+            checked.append(MaskChecked(row, checks, differences))
     return checked
 
 
