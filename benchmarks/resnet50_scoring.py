@@ -25,11 +25,16 @@ import secateur as sc
 from benchmarks import RESULTS, write_record
 from benchmarks.method_costs import Meter, granularity_of
 from benchmarks.networks import resnet50
+from secateur.budgets import cost_of
+from secateur.core.engine import Run
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Scope
 
 NAME, BATCHES, BATCH, SIDE = "resnet50_scoring", 2, 8, 224
-VARIANTS = {"taylor order=2": ("taylor", {"name": "taylor", "order": 2, "at": "weight"})}
+VARIANTS = {
+    "taylor order=2": ("taylor", {"name": "taylor", "order": 2, "at": "weight"}),
+    "snip force=10": ("snip", {"name": "snip", "force": 10}),
+}
 """Arm -> method and criterion, beside those of all recipes."""
 M_MMAP_THRESHOLD = -3
 """Of the C library: tensors of this size or more get memory of their own."""
@@ -60,6 +65,7 @@ NEEDS = {
     "sbp": Needs(gradient=1),
     "scop": Needs(forward=20, gradient=20),  # in each epoch the knockoffs, and the images
     "snip": Needs(gradient=1),
+    "snip force=10": Needs(gradient=10),
     "taylor": Needs(gradient=1),
     "taylor order=2": Needs(curvature=1),
     "thinet": Needs(forward=1),
@@ -134,8 +140,9 @@ def scored(recipe: Recipe, model: nn.Module, data: list[Batch]) -> Meter:
     """Return what one call of `score` costs, without the analysis of the network."""
     meter = Meter()
     units = recipe.granularity.units(model, torch.zeros(1, 3, SIDE, SIDE), Scope())
+    run = Run(recipe, units, sc.Budget(sparsity=0.8), cost_of("sparsity"), data=data)  # FORCE chooses while it scores
     with meter.counting(channels=3):
-        meter.around(recipe.criterion.score)(sc.Context(units, data))
+        meter.around(recipe.criterion.score)(sc.Context(units, data, keep=0.2, choose=run.choose))
     return meter
 
 
