@@ -241,9 +241,9 @@ def cost_words(method: str) -> str:
     cost = record["methods"][method]
     small = (
         f"Measured on {record['network']}, relative to an epoch of plain training "
-        f"(`python -m benchmarks.method_costs`): its scores send {cost['passes']:g} times the samples of an epoch through "
-        f"the network, take {cost['score_per_epoch']:.2f} times the time of an epoch and {cost['score_memory']:.2f} times "
-        f"the memory of training; one epoch of recovery, with all that the method does in it, takes "
+        f"(`python -m benchmarks.method_costs`): its scores send {cost['passes']:g} times the samples of an epoch "
+        f"through the network and take {cost['score_per_epoch']:.2f} times its time and {cost['score_memory']:.2f} "
+        "times its memory; one epoch of recovery, with all that the method does in it, takes "
         f"{cost['training_time']:.2f} times the time and {cost['training_memory']:.2f} times the memory."
     )
     return "\n\n".join(filter(None, (small, _large_cost_words(method))))
