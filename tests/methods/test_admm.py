@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.methods.experiments import TRAINED_ON, accuracy, batches, digits, trained_perceptron
 from torch import nn
 
 import secateur as sc
@@ -141,6 +142,27 @@ def test_weights_and_projection_meet_before_the_cut():
     residuals = pruner._run.hooks.residuals
     assert pruner.done and len(residuals) == 16 and residuals[-1] < 0.1 * max(residuals)
     assert (model(x) - before).norm() < 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_right_after_the_cut_it_ends_far_above_pruning_the_smallest_weights_at_once(seed):
+    """Specification 3 f: 90 % of each layer, on digits."""
+    x, y = digits()
+    data = batches(x[:TRAINED_ON], y[:TRAINED_ON])
+    model = trained_perceptron(seed, 64, 100, 100, 10, x=x[:TRAINED_ON], y=y[:TRAINED_ON])
+    options = {"budget": sc.Budget(sparsity=0.9), "allocation": "uniform"}
+    at_once = sc.prune(model, x[:1], method="magnitude", **options).model
+    adam, steps = torch.optim.Adam(model.parameters(), lr=0.002), 24 * len(data)
+    pruner = sc.Pruner(model, x[:1], method="admm", optimizers=adam, total_steps=2 * steps, **options)
+    for i in range(steps):
+        inputs, target = data[i % len(data)]
+        adam.zero_grad()
+        F.cross_entropy(model(inputs), target).backward()
+        adam.step()
+        pruner.step()
+    assert pruner.done and pruner._run.hooks.residuals[-1] < 0.15
+    held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    assert accuracy(model, *held_out) > accuracy(at_once, *held_out) + 20
 
 
 def test_it_goes_on_from_a_checkpoint():

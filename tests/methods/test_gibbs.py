@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.methods.experiments import TRAINED_ON, accuracy, batches, digits, trained_perceptron
 from torch import nn
 
 import secateur as sc
@@ -169,6 +170,29 @@ def test_it_works_through_prune():
     assert sum(int(m.sum()) for m in pruned.masks.values()) == round(
         0.2 * sum(m.numel() for m in pruned.masks.values())
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_annealing_from_new_weights_ends_far_above_pruning_a_trained_network_at_once(seed):
+    """Specification 9 f: 97 % of each layer, nothing trained after the cut, on digits."""
+    x, y = digits()
+    dense, fresh = (
+        trained_perceptron(seed, 64, 300, 100, 10, x=x[:TRAINED_ON], y=y[:TRAINED_ON], epochs=epochs)
+        for epochs in (10, 0)
+    )
+    options = {"budget": sc.Budget(sparsity=0.97), "allocation": "uniform"}
+    at_once = sc.prune(dense, x[:1], method="magnitude", **options)
+    annealed = sc.prune(
+        fresh,
+        x[:1],
+        method="gibbs",
+        data=batches(x[:TRAINED_ON], y[:TRAINED_ON]),
+        schedule={"name": "one-shot", "at": 0.99},
+        recovery=FineTune(epochs=12, optimizer="adamw", lr=0.005, lr_schedule="constant"),
+        **options,
+    )
+    held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    assert accuracy(annealed.model, *held_out) > accuracy(at_once.model, *held_out) + 20
 
 
 def test_it_goes_on_from_a_checkpoint():

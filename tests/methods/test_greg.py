@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.methods.experiments import TRAINED_ON, accuracy, batches, digits, trained_perceptron
 from torch import nn
 
 import secateur as sc
@@ -128,6 +129,27 @@ def test_what_was_picked_is_cut_and_of_whole_units_nothing_was_left(granularity,
         axes = pruner.result().structure_plan.axes
         torch.testing.assert_close(model(x).detach(), before, atol=1e-4, rtol=1e-4)
         assert all(list(axes[name].kept) == mask.nonzero().flatten().tolist() for name, mask in picks.items())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_right_after_the_cut_it_ends_far_above_cutting_the_same_units_at_once(seed):
+    """Specification 7 f: 80 % of the hidden units of each layer, without batch normalization, on digits."""
+    x, y = digits()
+    model = trained_perceptron(seed, 64, 300, 100, 10, x=x[:TRAINED_ON], y=y[:TRAINED_ON], epochs=30)
+    options = {"granularity": "channel", "budget": sc.Budget(sparsity=0.8), "allocation": "uniform"}
+    at_once = sc.prune(model, x[:1], method="magnitude", criterion={"name": "magnitude", "p": 1}, **options)
+    grown = sc.prune(
+        model,
+        x[:1],
+        method="greg",
+        data=batches(x[:TRAINED_ON], y[:TRAINED_ON]),
+        schedule={"name": "one-shot", "at": 0.98},
+        recovery=FineTune(epochs=15, lr=0.03, lr_schedule="constant"),
+        **options,
+    )
+    assert at_once.structure_plan.axes == grown.structure_plan.axes  # the same picks
+    held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    assert accuracy(grown.model, *held_out) > accuracy(at_once.model, *held_out) + 20
 
 
 def test_it_works_through_prune_and_goes_on_from_a_checkpoint():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
+from tests.methods.experiments import TRAINED_ON, accuracy, batches, digits, trained_perceptron
 from torch import nn
 
 import secateur as sc
@@ -86,11 +87,12 @@ def test_scores_are_squared_per_batch_and_then_averaged():
     assert not torch.allclose(both, score([(x, target)]))
 
 
-def test_a_dead_unit_has_score_zero():
+def test_a_unit_that_its_negative_pre_activation_leaves_dead_has_score_zero():
     model, x, target = problem(3)
+    x = x.abs()
     with torch.no_grad():
-        model.hidden.weight[2] = -x.abs().max() * torch.sign(x).mean(0).sign()
-        model.hidden.weight[2] = 0
+        model.hidden.weight[2] = -1  # nonzero weights, dead through ReLU (specification C3)
+    assert (model.hidden(x)[:, 2] < 0).all()
     units = Channel().units(model, x, Scope())
     for at in ("gate", "weight"):
         scores = Taylor(at=at).score(sc.Context(units, [(x, target)], linear_loss))["hidden"]
@@ -144,6 +146,29 @@ def test_ranks_agree_with_the_oracle_on_a_trained_network():
             losses = F.cross_entropy(without.flatten(0, 1), b.repeat_interleave(100), reduction="none").view(-1, 100)
             squared += (losses.mean(0) - F.cross_entropy(full, b)) ** 2
     assert spearmanr(squared.tolist(), scores.tolist()).statistic > 0.9
+
+
+def test_without_fine_tuning_it_ends_above_magnitude_and_random():
+    """Specification 4 f: three quarters of the neurons removed in ten rounds, on digits."""
+    x, y = digits()
+    found = {"taylor": [], "magnitude": [], "random": []}
+    for seed in range(3):
+        model = trained_perceptron(seed, 64, 100, 100, 10, x=x[:TRAINED_ON], y=y[:TRAINED_ON])
+        for method, values in found.items():
+            pruned = sc.prune(
+                model,
+                x[:1],
+                method=method,
+                granularity="channel",
+                allocation="global",
+                schedule={"name": "iterative", "steps": 10, "span": 0},
+                budget=sc.Budget(sparsity=0.75),
+                data=batches(x[:TRAINED_ON], y[:TRAINED_ON]),
+                seed=seed,
+            )
+            values.append(accuracy(pruned.model, x[TRAINED_ON:], y[TRAINED_ON:]))
+    taylor, magnitude, chance = (sum(values) / 3 for values in found.values())
+    assert taylor > magnitude + 15 and taylor > chance + 15
 
 
 def quadratic_loss(output, target):
