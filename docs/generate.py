@@ -113,6 +113,7 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     values = {(row.arm, row.granularity, row.budget): percent(row.value) for row in rows}
     own = [row for row in rows if row.role == "method" and benchmark.arm(row.arm).method == method]
     controls = [control for control in CONTROLS if any(control in row.against for row in own)]
+    controlled = {(row.granularity, row.budget) for row in rows if row.arm in CONTROLS}
     compared = [control for control in ("random", "scratch-b") if control in controls]
     lines = [
         (
@@ -138,7 +139,7 @@ def _figures(benchmark: Benchmark, store: Store, method: str) -> str:
     parts = (
         words,
         markdown_table(head, lines),
-        _against_random(own, method, len(benchmark.seeds)),
+        _against_random(own, method, len(benchmark.seeds), controlled),
         _masks(rows, own),
         claims,
     )
@@ -208,18 +209,29 @@ RIVALS = {
 }
 
 
-def _against_random(rows: list[Row], method: str, seeds: int) -> str:
-    """Return in words at which budgets a method beats random units that were trained as long as its own."""
+def _against_random(rows: list[Row], method: str, seeds: int, controlled: set[tuple[str, str]]) -> str:
+    """Return in words at which budgets a method beats random units that were trained as long as its own.
+
+    Args:
+        rows: The method's.
+        method: Its name.
+        seeds: How many the benchmark has.
+        controlled: Units and budgets at which a control has an official record.
+    """
     words = {
         "better": "Better than {}",
         "undecided": f"No difference from {{}} that {seeds} seeds can show",
         "worse": "**Worse than {}**",
-        "": "Trained longer than every control, so that a difference would say nothing,",
+        "longer": "Trained longer than every control, so that a difference would say nothing,",
+        "alone": "No control has an official record",
     }
     found: dict[str, list[str]] = {}
     for row in rows:
         rival = next((control for control in RIVALS if control in row.against), None)
-        said = words[row.against[rival].verdict].format(RIVALS[rival]) if rival else words[""]
+        if rival:
+            said = words[row.against[rival].verdict].format(RIVALS[rival])
+        else:
+            said = words["longer" if (row.granularity, row.budget) in controlled else "alone"]
         arm = f" (`{row.arm}`)" if row.arm != method else ""
         found.setdefault(said, []).append(f"{row.granularity}, {budget_words(row.budget)}{arm}")
     return " ".join(f"{said} at {'; '.join(where)}." for said, where in found.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def batches(x, y, size=64):
 def trained_perceptron(seed, *widths, x, y, epochs=25):
     """A perceptron with ReLU between its layers, trained by Adam."""
     torch.manual_seed(seed)
-    layers = [part for n, m in zip(widths, widths[1:], strict=False) for part in (nn.Linear(n, m), nn.ReLU())]
+    layers = [part for n, m in itertools.pairwise(widths) for part in (nn.Linear(n, m), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     adam = torch.optim.Adam(model.parameters())
     for _ in range(epochs):
