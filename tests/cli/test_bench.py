@@ -67,6 +67,20 @@ def test_show_says_what_is_refused_and_what_is_not_official(results):
     assert "changed after it was written" in output.stderr and "2 seeds of at least 3" in output.stdout
 
 
+def test_show_compares_with_the_controls_that_are_asked_for(results):
+    def columns(*against):
+        line = invoke("show", "digits/resnet8", "--results", results, *against).stdout.split("\n")[0]
+        return line.split()[line.split().index("speedup") + 1 : -1]
+
+    assert columns() == ["random", "scratch-e"]
+    assert columns("--against", "scratch") == ["scratch-e", "scratch-b"]
+    assert columns("--against", "bottleneck-e,scratch,scratch-e") == ["bottleneck-e", "scratch-e", "scratch-b"]
+    text = invoke("show", "digits/resnet8", "--results", results, "--against", "bottleneck-e").stdout
+    assert "+1.00 ▲" in next(line for line in text.split("\n") if " taylor " in line)
+    with pytest.raises(UnknownName, match=r"control .* 'scrath'.*Did you mean 'scratch'\? Known: .*random, scratch,"):
+        invoke("show", "digits/resnet8", "--results", results, "--against", "random,scrath")
+
+
 @pytest.mark.slow
 def test_a_real_run_in_processes_of_its_own(tmp_path):
     where = ("--results", tmp_path / "results", "--scratch", tmp_path / "scratch")

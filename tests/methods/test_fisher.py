@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import secateur as sc
 from secateur.core.slots import Scope
 from secateur.errors import DataNeeded, NotApplicable
 from secateur.methods.fisher import Fisher
 from secateur.methods.taylor import Taylor
+from secateur.parts.gates import Gates
 from secateur.parts.granularity.channel import Channel
 from secateur.parts.granularity.weight import Weight
 from secateur.testing.toys import TwoLayer, toy, toy_batches
@@ -35,6 +37,26 @@ def test_for_a_quadratic_loss_of_every_sample_the_score_has_a_closed_form():
     parts = torch.relu(x @ model.hidden.weight.T) * model.head.weight[0]  # what each unit adds to the output s
     g = parts.sum(1, keepdim=True) * parts  # dL_n/dz_c = s_n ds_n/dz_c
     assert torch.allclose(found, g.square().sum(0) / (2 * len(x)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("network", ["resnet20", "vit"])
+def test_scores_agree_with_finite_differences_of_every_samples_loss_by_the_gates(network):
+    model, x = toy(network)
+    model, ((inputs, target),) = model.double(), toy_batches(network, n=1, batch_size=4)
+    scope = Scope(include=("blocks.[01]*",)) if network == "resnet20" else Scope()
+    units = Channel().units(model, x.double(), scope)
+    scores, gates, step = Fisher().score(sc.Context(units, [(inputs.double(), target)])), Gates(units), 1e-5
+
+    def losses(group, unit, z):
+        gate = torch.ones(units.shapes[group], dtype=torch.float64)
+        gate[unit] = z
+        with torch.no_grad(), gates.applied({group: gate}):
+            return F.cross_entropy(model(inputs.double()), target, reduction="none")
+
+    for group, shape in list(units.shapes.items())[:5]:
+        unit = shape.numel() - 1
+        slopes = (losses(group, unit, 1 + step) - losses(group, unit, 1 - step)) / (2 * step)
+        assert scores[group][unit].item() == pytest.approx(slopes.square().mean().item() / 2, rel=1e-6, abs=1e-16)
 
 
 def test_scores_are_hand_computed():

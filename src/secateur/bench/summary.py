@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from secateur.bench.benchmarks import SANITY, Benchmark, Claim, budget_label
@@ -59,8 +59,14 @@ class Row:
         return interval([t.dense.p50_ms / t.pruned.p50_ms for t in timings]) if timings else None
 
 
-def summarize(records: Iterable[Record], benchmark: Benchmark) -> list[Row]:
-    """Return one row per arm and budget, in the order of the benchmark's ladders, dense first, best mean first."""
+def summarize(records: Iterable[Record], benchmark: Benchmark, controls: Sequence[str] = CONTROLS) -> list[Row]:
+    """Return one row per arm and budget, in the order of the benchmark's ladders, dense first, best mean first.
+
+    Args:
+        records: Of the benchmark.
+        benchmark: Which one.
+        controls: What rows are compared with.
+    """
     records = list(records)
     reasons = standing(records, benchmark)
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
@@ -73,7 +79,7 @@ def summarize(records: Iterable[Record], benchmark: Benchmark) -> list[Row]:
     rows = []
     for setting in sorted(settings, key=lambda s: order.get(s, len(order))):
         here = {arm: groups[arm, *setting] for arm in settings[setting]}
-        rows += sorted(_rows(here, reasons), key=lambda row: -row.value.mean if row.value else 0.0)
+        rows += sorted(_rows(here, reasons, controls), key=lambda row: -row.value.mean if row.value else 0.0)
     return rows
 
 
@@ -178,7 +184,7 @@ def _steps(records: Iterable[Record]) -> float:
     return sum(steps) / max(len(steps), 1)
 
 
-def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]]) -> list[Row]:
+def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]], controls: Sequence[str]) -> list[Row]:
     """Return the rows of all arms at one budget."""
     values = {arm: _by_seed(group) for arm, group in groups.items()}
     intervals = {arm: interval(list(found.values())) for arm, found in values.items() if found}
@@ -188,7 +194,7 @@ def _rows(groups: dict[str, list[Record]], reasons: dict[str, tuple[str, ...]]) 
     for arm, group in groups.items():
         against = {
             control: difference
-            for control in CONTROLS
+            for control in controls
             if control != arm
             and steps.get(control, 0) >= ROUNDING * steps[arm]
             and (difference := paired(values[arm], values.get(control, {}))) is not None

@@ -17,9 +17,10 @@ from rich.text import Text
 
 from secateur.bench import RESULTS
 from secateur.cli.common import JsonOption, ResultsOption, console, messages, print_json
-from secateur.errors import InvalidFile, InvalidRecipe
+from secateur.errors import InvalidFile, InvalidRecipe, UnknownName
 
 if TYPE_CHECKING:
+    from secateur.bench.benchmarks import Benchmark
     from secateur.bench.runner import Estimate, Progress
     from secateur.bench.summary import Row
 
@@ -27,6 +28,7 @@ app = typer.Typer(help="Run benchmarks and show what their records say.", no_arg
 
 NameArgument = Annotated[str, typer.Argument(help="For example digits/resnet8, or the path of a YAML file.")]
 SCRATCH = Path("runs") / "bench"
+AGAINST = "random,scratch-e"
 
 
 @app.command("list")
@@ -106,9 +108,15 @@ def run(
 
 
 @app.command("show")
-def show(name: NameArgument, results: ResultsOption = RESULTS) -> None:
+def show(
+    name: NameArgument,
+    results: ResultsOption = RESULTS,
+    against: Annotated[
+        str, typer.Option(help="Controls to compare with, with commas; scratch: all whose names begin so.")
+    ] = AGAINST,
+) -> None:
     """Show what the records of a benchmark say."""
-    _show_rows(name, results)
+    _show_rows(name, results, against)
 
 
 # --------------------------------------------------------------------------------------------------------- words
@@ -164,37 +172,50 @@ def _show_end(progress: Progress, as_json: bool) -> None:
         messages.print(f"{progress.left} runs are left. Run the same command again to go on.")
 
 
-def _show_rows(name: str, results: Path) -> None:
+def _show_rows(name: str, results: Path, against: str = AGAINST) -> None:
     from secateur.bench.benchmarks import find_benchmark
     from secateur.bench.store import Store
     from secateur.bench.summary import summarize
 
     benchmark = find_benchmark(name)
+    controls = _controls(benchmark, against)
     records, refused = Store(results).read(benchmark.name)
     for file in refused:
         messages.print(f"refused: {file.reason}", highlight=False, markup=False)
     if not records:
         raise InvalidFile(f"There are no records of {name} below {results}. Make them: secateur bench run {name}")
-    rows = summarize(records, benchmark)
+    rows = summarize(records, benchmark, controls)
     table = Table("units", "budget", "rank", "arm", "accuracy", box=None, pad_edge=False)
-    for heading in ("MACs", "speedup", "random", "scratch-e", "official"):
+    for heading in ("MACs", "speedup", *controls, "official"):
         table.add_column(heading, justify="left" if heading == "official" else "right")
     last = None
     for row in rows:
         if last is not None and (row.granularity, row.budget) != last:
             table.add_section()
         last = row.granularity, row.budget
-        table.add_row(*_cells(row, next(iter(benchmark.engines), "")))
+        table.add_row(*_cells(row, next(iter(benchmark.engines), ""), controls))
     console.print(table)
     console.print(
-        "± 95 % over seeds (Student's t). random, scratch-e: points above these at the same budget, paired by seed.",
+        "± 95 % over seeds (Student's t). "
+        f"{', '.join(controls)}: points above these at the same budget, paired by seed.",
         style="dim",
     )
 
 
-def _cells(row: Row, engine: str) -> list[str]:
+def _controls(benchmark: Benchmark, against: str) -> list[str]:
+    """Return the controls that are named with commas, each once; ``scratch`` are all whose names begin so."""
+    found: dict[str, None] = {}
+    for name in against.split(","):
+        meant = [control for control in benchmark.controls if name == "scratch" and control.startswith(name)]
+        if not meant and name not in (*benchmark.controls, *AGAINST.split(",")):
+            raise UnknownName(f"control of benchmark {benchmark.name!r}", name, (*benchmark.controls, "scratch"))
+        found |= dict.fromkeys(meant or [name])
+    return list(found)
+
+
+def _cells(row: Row, engine: str, controls: Sequence[str]) -> list[str]:
     if row.value is None:
-        return [row.granularity, row.budget, "", row.arm, "failed", "", "", "", "", ""]
+        return [row.granularity, row.budget, "", row.arm, "failed"]
     speedup = row.speedup(engine)
     return [
         row.granularity,
@@ -204,7 +225,7 @@ def _cells(row: Row, engine: str) -> list[str]:
         f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f} ({row.value.n})",
         f"{row.mean('effective_macs') / 1e6:.1f} M",
         f"{speedup.mean:.2f}x" if speedup else "",
-        *(_points(row, control) for control in ("random", "scratch-e")),
+        *(_points(row, control) for control in controls),
         "yes" if row.official else row.reasons[0],
     ]
 
