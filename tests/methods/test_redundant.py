@@ -10,7 +10,7 @@ from secateur.core.context import Context
 from secateur.core.select import top_k
 from secateur.core.slots import Scope
 from secateur.errors import NotApplicable
-from secateur.methods.redundant import Redundant, agglomeration, sparsity_at
+from secateur.methods.redundant import Redundant, agglomeration, sparsity_at, sparsity_for
 from secateur.parts.filters import filters
 from secateur.parts.granularity.channel import Channel
 from secateur.testing.toys import toy
@@ -208,6 +208,18 @@ def test_a_budget_picks_the_same_units_as_the_threshold_that_it_follows_from():
     total = sum(s.numel() for s in scores.values())
     kept = top_k(scores, round((1 - sparsity) * total))
     assert 0 < sparsity < 1 and all(torch.equal(kept[g], s > 0.7) for g, s in scores.items())
+
+
+def test_a_threshold_keeps_one_filter_for_each_direction():
+    """All axes of the network, by the budget that a threshold stands for."""
+    directions = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    model = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(directions.repeat(3, 1) + 0.01 * torch.randn(9, 3))
+    sparsity = sparsity_for(model, torch.randn(1, 3), threshold=0.9)
+    assert sparsity == pytest.approx(6 / 9)
+    pruned = sc.prune(model, torch.randn(1, 3), method="redundant", budget=sc.Budget(sparsity=sparsity))
+    assert pruned.model[0].weight.argmax(1).sort().values.tolist() == [0, 1, 2]
 
 
 def test_single_weights_have_no_direction():

@@ -193,6 +193,16 @@ def test_keep_zeroes_weights_and_reset_keeps_the_mask():
     assert torch.equal(model[1].weight.detach(), mask.float()) and torch.equal(units.removed()["1.weight"], ~mask)
 
 
+def test_a_cut_that_leaves_no_weight_at_all_is_refused_and_one_that_empties_a_tensor_is_not():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 10)), torch.randn(1, 4)
+    for allocation in ("uniform", "global"):
+        with pytest.raises(BudgetUnreachable, match="none of the 420 units .* the sparsity is 0.997619"):
+            sc.prune(model, x, method="magnitude", allocation=allocation, budget=sc.Budget(sparsity=0.9999))
+    masks = sc.prune(model, x, method="magnitude", allocation="global", budget=sc.Budget(sparsity=0.997619)).masks
+    assert sorted(int(mask.sum()) for mask in masks.values()) == [0, 1]
+
+
 def test_round_to_and_minimum_reach_the_selection():
     model, x = toy("resnet20")
     result = sc.prune(

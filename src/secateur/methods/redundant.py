@@ -6,19 +6,20 @@ Ayinde, Inanc & Zurada, Neural Networks 2019. Linkage as in the reference code: 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.context import Context
 from secateur.core.method import Method
 from secateur.core.recipe import Recipe
-from secateur.core.slots import Criterion
+from secateur.core.slots import Criterion, Scope
 from secateur.core.units import Scores
 from secateur.parts.filters import filters
+from secateur.parts.granularity.channel import Channel
 from secateur.parts.readers import channel_units
 
 LARGEST_DISTANCE = 2.0
@@ -87,6 +88,19 @@ def sparsity_at(scores: Scores, threshold: float) -> float:
     """
     removed = sum(int((s <= 1 - threshold).sum()) for s in scores.values())
     return removed / sum(s.numel() for s in scores.values())
+
+
+def sparsity_for(model: nn.Module, example_inputs: Any, threshold: float, scope: Scope | None = None) -> float:
+    """Return the sparsity to ask a budget for where the paper names a similarity threshold.
+
+    Args:
+        model: Before it is pruned.
+        example_inputs: As for `secateur.prune`.
+        threshold: Filters whose cosine is at least this much may share a cluster.
+        scope: Which axes may be pruned; default: all.
+    """
+    units = Channel().units(model, example_inputs, scope or Scope())
+    return sparsity_at(Redundant().score(Context(units)), threshold)
 
 
 METHOD = Method("redundant", Recipe(criterion=Redundant(), granularity="channel"))

@@ -84,7 +84,7 @@ class MaskedUnits(Units):
         if not any(bool(mask.any()) for mask in kept.values()):
             n = sum(mask.numel() for mask in kept.values())
             raise BudgetUnreachable(
-                f"The budget keeps none of the {n:,} units in scope, so that all weights in scope would be zero. Ask for "
+                f"The budget keeps none of the {n:,} units in scope, so that all weights there would be zero. Ask for "
                 f"less: with one unit left the sparsity is {1 - 1 / n:.6f}."
             )
         self.masks = {
