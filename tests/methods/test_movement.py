@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.methods.experiments import TRAINED_ON, accuracy, batches, digits, trained_perceptron
 from torch import nn
 
 import secateur as sc
@@ -44,6 +45,35 @@ def train(pruner, optimizer, steps, start=0):
         F.cross_entropy(pruner.model(inputs), target).backward()
         optimizer.step()
         pruner.step()
+
+
+def test_where_the_new_task_needs_other_inputs_it_ends_above_magnitude():
+    """Specification 1 f, from the left half of the digits to the right half: 97 % of each hidden layer."""
+    x, y = digits()
+    on_the_left = (torch.arange(64) % 8 < 4).float()
+    left, right = x * on_the_left, x * (1 - on_the_left)
+    slots = {
+        "magnitude": {"schedule": {"name": "cubic", "steps": 20, "start": 0.1, "end": 0.8}},
+        "movement": {"schedule": {"name": "one-shot", "at": 0.8}},
+    }
+    found = dict.fromkeys(slots, 0.0)
+    for seed in range(3):
+        model = trained_perceptron(seed, 64, 100, 100, 10, x=left[:TRAINED_ON], y=y[:TRAINED_ON], epochs=20)
+        for method, own in slots.items():
+            pruned = sc.prune(
+                model,
+                x[:1],
+                method=method,
+                allocation="uniform",
+                scope=Scope(exclude=("4.weight",)),  # the paper leaves the head whole
+                budget=sc.Budget(sparsity=0.97),
+                data=batches(right[:TRAINED_ON], y[:TRAINED_ON]),
+                recovery=FineTune(epochs=10, optimizer="adamw", lr=0.001, weight_decay=0, lr_schedule="constant"),
+                seed=seed,
+                **own,
+            )
+            found[method] += accuracy(pruned.model, right[TRAINED_ON:], y[TRAINED_ON:]) / 3
+    assert found["movement"] > found["magnitude"] + 15
 
 
 def test_all_entries_get_gradients_of_their_scores_and_masked_weights_get_none():

@@ -77,6 +77,27 @@ def test_at_the_end_of_a_stretch_the_factors_become_part_of_the_weights(network)
     torch.testing.assert_close(model(x.double()), trained)
 
 
+def test_the_branch_of_the_smallest_factor_is_dropped_and_on_one_that_adds_nothing_the_penalty_acts_alone():
+    """By depth: what the paper is mostly about."""
+    model, x = toy("resnet20")
+    with torch.no_grad():
+        model.blocks[7].bn2.weight.zero_()
+        model.blocks[7].bn2.bias.zero_()
+    data, sgd = toy_batches("resnet20"), torch.optim.SGD(model.fc.parameters(), lr=0.1)
+    by_depth = recipe(penalty=2, momentum=0).but(granularity="depth")
+    pruner = sc.Pruner(model, x, method=by_depth, budget=sc.Budget(macs=0.95), optimizers=sgd, total_steps=6, data=data)
+    branches = [branch.name.split(".")[1] for branch in pruner._run.units.structure.branches if branch.prunable]
+    for inputs, target in data[:3]:
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), target).backward()
+        sgd.step()
+        pruner.step()
+    factors = dict(zip(branches, torch.cat(list(pruner._run.hooks.factors.values())).tolist(), strict=True))
+    assert factors["7"] == pytest.approx(1 - 3 * 0.1 * 2) and len(set(factors.values())) == len(factors) == 7
+    dropped = {drop.module.split(".")[1] for drop in pruner.result().structure_plan.dropped}
+    assert dropped == {min(factors, key=factors.get)}
+
+
 def test_a_unit_that_nothing_needs_shrinks_at_the_full_rate_to_exactly_zero():
     model, x = toy("mlp")
     with torch.no_grad():
