@@ -6,14 +6,17 @@ import re
 import threading
 import urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import secateur as sc
+from secateur.atomic import written_atomically
 from secateur.bench.benchmarks import Claim, find_benchmark, plan
 from secateur.bench.records import Reported
-from secateur.bench.site import build, entries
+from secateur.bench.site import build, entries, serve
 from secateur.bench.site.build import build_site, slots_of
 from secateur.bench.site.serve import Site
 from secateur.bench.store import Store
@@ -65,6 +68,7 @@ def test_every_page_is_written_and_every_link_leads_somewhere(store, tmp_path):
         *(f"methods/{name}.html" for name in cards()),
     }
     for page in out.rglob("*.html"):
+        assert "assets/live.js" in page.read_text()
         for link in Links(page.read_text()).found:
             if not link.startswith(("http", "#", "data:")):
                 assert (page.parent / link.partition("#")[0]).is_file(), f"{page}: {link}"
@@ -199,7 +203,7 @@ def test_slots_in_words():
 
 def test_served_pages_follow_the_records(store, tmp_path):
     counts, addresses, ready = [], [], threading.Event()
-    site = Site(store, tmp_path / "site", counts.append)
+    site = Site(store, tmp_path / "site", counts.append, pytest.fail)
 
     def on_address(address):
         addresses.append(address)
@@ -219,6 +223,40 @@ def test_served_pages_follow_the_records(store, tmp_path):
         site.stop()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_half_written_and_vanished_files_are_no_news(store, tmp_path, monkeypatch):
+    site = Site(store, tmp_path / "site", lambda records: None, pytest.fail)
+    assert site.refresh() is True
+    with pytest.raises(KeyboardInterrupt), written_atomically(store.path(RUNS[0])) as temporary:
+        assert temporary.suffix == ".json" and site.refresh() is False
+        raise KeyboardInterrupt
+    listed = list(store.folder.rglob("*.json"))
+    folder = SimpleNamespace(rglob=lambda pattern: [*listed, store.folder / "digits/ghost.json"])
+    monkeypatch.setattr(site, "store", SimpleNamespace(folder=folder))
+    assert site.refresh() is False
+
+
+def test_a_failed_build_is_told_once_and_tried_again(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "SECONDS", 0.01)
+    builds, problems, tries, recovered = [], [], iter(["disk", "disk", "rights"]), threading.Event()
+
+    def broken(store, out):
+        if (problem := next(tries, None)) is None:
+            return build_site(store, out)
+        raise OSError(problem)
+
+    site = Site(store, tmp_path / "site", lambda n: (builds.append(n), recovered.set()), problems.append)
+    site.refresh()
+    recovered.clear()
+    monkeypatch.setattr(serve, "build_site", broken)
+    store.path(RUNS[0]).unlink()
+    thread = threading.Thread(target=site._watch, args=(SimpleNamespace(shutdown=lambda: None),))
+    thread.start()
+    assert recovered.wait(60)
+    site.stop()
+    thread.join(20)
+    assert problems == ["disk", "rights"] and builds == [len(RUNS), len(RUNS) - 1]
 
 
 def test_the_method_that_the_guide_shows_works(store, tmp_path, monkeypatch):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from secateur.bench.benchmarks import find_benchmark
+from secateur.bench.site import serve
 from secateur.bench.site.build import build_site
 from secateur.bench.store import Store
 from secateur.testing.records import records
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install secateur[slow-tests]")
+exceptions = pytest.importorskip("selenium.common.exceptions")
+waiting = pytest.importorskip("selenium.webdriver.support.wait")
 AXE = Path(os.environ.get("SECATEUR_AXE", ".venv/axe/package/axe.min.js"))
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -186,6 +191,32 @@ def test_a_point_opens_its_line_the_line_its_record_and_the_record_its_command(o
     assert heading.startswith("taylor") and heading.endswith("seed 1") and "seed 1" in driver.title
     assert driver.find_element("css selector", ".command code").text.endswith("--seeds 1")
     assert "Official." in driver.find_element("id", "record").text and elements(driver, ".js-plotly-plot")
+
+
+def test_an_open_page_follows_the_records(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "SECONDS", 0.1)
+    store = Store(tmp_path / "records")
+    first, second, *_ = records(BENCHMARK)
+    store.publish(first)
+    address = queue.Queue()
+    site = serve.Site(store, tmp_path / "site", lambda count: None, pytest.fail)
+    thread = threading.Thread(target=site.serve, args=(0, address.put))
+    thread.start()
+    wait = waiting.WebDriverWait(
+        browser, 20, ignored_exceptions=(exceptions.NoSuchElementException, exceptions.StaleElementReferenceException)
+    )
+    try:
+        browser.get(address.get(timeout=20) + "index.html")
+        number = lambda driver: driver.find_element("css selector", ".facts dd").text  # noqa: E731
+        assert number(browser) == "1"
+        store.publish(second)
+        wait.until(lambda driver: number(driver) == "2")
+        store.path_of(first).unlink()
+        wait.until(lambda driver: number(driver) == "1")
+    finally:
+        browser.get("about:blank")  # it would ask a server that is gone
+        site.stop()
+        thread.join(20)
 
 
 def test_an_unknown_record_is_said_to_be_unknown(opened):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from secateur.bench import RESULTS
-from secateur.cli.common import JsonOption, ResultsOption, console, print_json
+from secateur.cli.common import JsonOption, ResultsOption, console, messages, print_json
 from secateur.errors import InvalidFile
 
 app = typer.Typer(help="Show all records as pages.", no_args_is_help=True)
@@ -58,8 +58,14 @@ def serve(
         if browser:
             webbrowser.open(address)
 
+    def on_build(records: int) -> None:
+        console.print(f"built from {records} records", style="dim")
+
+    def on_problem(problem: str) -> None:
+        messages.print(f"The pages could not be built anew: {problem}", highlight=False, markup=False)
+
     try:
-        site = Site(Store(results), out, lambda n: console.print(f"built from {n} records", style="dim"))
+        site = Site(Store(results), out, on_build, on_problem)
         site.serve(port, on_address)
     except OSError as error:
         raise InvalidFile(f"Cannot serve on port {port}: {error.strerror}. Choose another with --port.") from error

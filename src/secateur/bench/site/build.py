@@ -28,7 +28,7 @@ from secateur.core.method import method, methods
 from secateur.core.recipe import Recipe
 from secateur.core.registry import Card
 
-STATIC = ("site.css", "board.js", "record.js")
+STATIC = ("site.css", "live.js", "board.js", "record.js")
 
 
 @dataclass(frozen=True)

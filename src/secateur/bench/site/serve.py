@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from secateur.bench.site.build import build_site
 from secateur.bench.store import Store
+from secateur.errors import SecateurError
 
 SECONDS = 2.0
 """Between two looks at the records."""
@@ -23,21 +25,24 @@ class Site:
         store: The records.
         out: Folder of the pages.
         on_build: Called with the number of records after each build.
+        on_problem: Called with what went wrong when the pages could not be built anew; the next look tries again.
     """
 
-    def __init__(self, store: Store, out: Path, on_build: Callable[[int], None]) -> None:
-        self.store, self.out, self.on_build = store, out, on_build
+    def __init__(
+        self, store: Store, out: Path, on_build: Callable[[int], None], on_problem: Callable[[str], None]
+    ) -> None:
+        self.store, self.out, self.on_build, self.on_problem = store, out, on_build, on_problem
         self.builds = 0
         self._seen: object = None
         self._stop = threading.Event()
 
     def refresh(self) -> bool:
         """Build the pages if records were added, replaced or removed since the last look; return whether."""
-        files = {path: path.stat().st_mtime_ns for path in self.store.folder.rglob("*.json")}
+        files = dict(self._files())
         if files == self._seen:
             return False
-        self._seen = files
         boards = build_site(self.store, self.out)
+        self._seen = files
         self.builds += 1
         self.on_build(sum(len(board.records) for board in boards))
         return True
@@ -61,9 +66,23 @@ class Site:
         """End `serve`."""
         self._stop.set()
 
+    def _files(self) -> Iterator[tuple[Path, int]]:
+        """Return the files of records and when each was written; half-written ones start with a dot."""
+        for path in self.store.folder.rglob("*.json"):
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    yield path, path.stat().st_mtime_ns
+
     def _watch(self, server: ThreadingHTTPServer) -> None:
+        problem = ""
         while not self._stop.wait(SECONDS):
-            self.refresh()
+            try:
+                self.refresh()
+                problem = ""
+            except (OSError, SecateurError) as error:
+                if str(error) != problem:  # one that lasts is told once
+                    problem = str(error)
+                    self.on_problem(problem)
         server.shutdown()
 
 
