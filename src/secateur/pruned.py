@@ -77,6 +77,11 @@ class Pruned:
             return None
 
     @property
+    def effective_sparsity(self) -> float | None:
+        """The share of the original parameters that are gone, zero or cut off from the output; None if unknown."""
+        return None if self.effective is None else 1 - self.effective.params / self.before.params
+
+    @property
     def collapsed(self) -> tuple[str, ...]:
         """The masked tensors of which nothing has an effect any more (layer collapse)."""
         if self.effective is None:
@@ -127,6 +132,7 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         count,
         depth_section,
         frozen_section,
+        percentage,
         similarity_section,
         weights_section,
         widths_section,
@@ -150,14 +156,17 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         sections.append(frozen_section(pruned.structure))
         what = f"{change(before.macs, after.macs)} MACs, {change(before.params, after.params)} parameters"
         error = max(proof.max_error for proof in pruned.proofs)
-        tile = Tile(f"{error:.0e}", "largest relative difference between cut and masked network")
+        tiles = [Tile(f"{error:.0e}", "largest relative difference between cut and masked network")]
     elif pruned.structure_plan.gated:
         what = f"each input takes {change(before.macs, after.effective_macs)} MACs or fewer"
-        tile = Tile(count(after.effective_macs), "MACs that an input takes at most")
+        tiles = [Tile(count(after.effective_macs), "MACs that an input takes at most")]
     else:
         what = f"{100 * (1 - after.nonzero_params / after.params):.1f} % of the weights are zero"
         what += ", LAYER COLLAPSE" if pruned.collapsed else ""
-        tile = Tile(count(after.nonzero_params), "weights that are not zero")
+        tiles = [
+            Tile(count(after.nonzero_params), "weights that are not zero"),
+            Tile(percentage(pruned.effective_sparsity), "effective sparsity: parameters zero or cut off"),
+        ]
     return Page(
         title="secateur: pruned network",
         headline=f"{type(pruned.model).__name__}, pruned by {pruned.recipe.criterion.name}: {what}",
@@ -165,7 +174,7 @@ def _page(pruned: Pruned, similarity: Similarity | None) -> Page:
         tiles=[
             Tile(change(before.macs, after.macs), f"MACs ({count(before.macs)} → {count(after.macs)})"),
             Tile(change(before.params, after.params), f"parameters ({count(before.params)} → {count(after.params)})"),
-            tile,
+            *tiles,
         ],
         sections=sections,
     )

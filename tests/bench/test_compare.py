@@ -9,9 +9,10 @@ from torch import nn
 import secateur as sc
 from secateur.bench.compare import Candidate, Comparison, compare
 from secateur.errors import DataNeeded, InvalidRecipe, UnknownName
+from secateur.measure.report import MINUS
 
 
-def made_up(values, dense=0.99):
+def made_up(values, dense=0.99, share=True):
     """A comparison with these figures by method; None for a method that failed."""
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     pruned = sc.prune(net, torch.zeros(1, 8), budget=sc.Budget(macs=0.5), granularity="channel")
@@ -19,7 +20,7 @@ def made_up(values, dense=0.99):
         Candidate(name, dict(enumerate(v)), pruned, None) if v else Candidate(name, {}, None, None, "it cannot")
         for name, v in values.items()
     )
-    return Comparison(sc.Budget(macs=0.5), dense, candidates)
+    return Comparison(sc.Budget(macs=0.5), dense, candidates, share)
 
 
 def test_a_winner_is_recommended_with_its_distance_from_random():
@@ -32,10 +33,35 @@ def test_a_winner_is_recommended_with_its_distance_from_random():
 
 def test_no_winner_is_invented():
     near = made_up({"taylor": [0.95, 0.90, 0.97], "random": [0.94, 0.91, 0.96]})
-    assert "No method is decidedly better than random pruning" in near.recommendation
-    best = made_up({"random": [0.95, 0.96, 0.95], "taylor": [0.90, 0.91, 0.90]})
-    assert "No method is decidedly better" in best.recommendation
+    assert near.recommendation.endswith(
+        "No method is decidedly better than random pruning here; the choice hardly matters."
+    )
     assert "One seed decides nothing" in made_up({"taylor": [0.95], "random": [0.1]}).recommendation
+    assert made_up({"taylor": [0.95, 0.9], "random": None}).recommendation.endswith("No other method has a result.")
+
+
+def test_where_random_pruning_wins_the_losers_are_named():
+    sure, unsure, lost = [0.95, 0.96, 0.95], [0.90, 0.96, 0.94], [0.90, 0.91, 0.90]
+    words = made_up({"random": sure, "sfp": unsure, "taylor": lost}).recommendation
+    assert "No method is decidedly better than random pruning here; decidedly worse: taylor. Take random, or" in words
+    assert words.endswith("Not told apart from it over 3 seeds: sfp.") and "hardly" not in words
+    words = made_up({"sfp": sure, "random": unsure, "taylor": lost}).recommendation  # taylor is worse than sfp alone
+    assert "No method is decidedly better than random pruning here. Take sfp, or" in words and "worse" not in words
+    steady = made_up({"sfp": [0.95, 0.99, 0.91], "taylor": [0.949, 0.969, 0.889], "random": [0.94, 0.96, 0.88]})
+    assert "Not decidedly better than random pruning here, as taylor is. Take taylor, or" in steady.recommendation
+
+
+def test_a_metric_that_is_no_share_is_shown_as_it_is():
+    losses = {"taylor": [-5.0, -5.5, -5.25], "random": [-6.0, -6.5, -6.25], "other": None}
+    found = made_up(losses, dense=-4.0, share=False)
+    assert found.recommendation == (
+        f"taylor: {MINUS}5.25 ± 0.62103, the dense network has {MINUS}4. 1 above random pruning (1 to 1)."
+    )
+    table = found.table()
+    assert table.head[2:4] == ["metric", "above random"] and "%" not in str(table.rows)
+    assert table.rows[0][2:4] == [f"{MINUS}5.25 ± 0.62103", "+1 ± 0"]
+    page = found.report()
+    assert "accuracy (%)" not in page and "Metric against cost" in page
 
 
 def test_the_table_ranks_with_ties_and_shows_failures():
@@ -46,6 +72,28 @@ def test_the_table_ranks_with_ties_and_shows_failures():
     assert "taylor" in found.report() and "it cannot" in found.report()
     with pytest.raises(InvalidRecipe, match="No method met the budget .* other: it cannot"):
         _ = made_up({"other": None}).best
+
+
+def test_collapse_and_effective_sparsity_are_shown_for_masks():
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    net[0].weight.data[:] = 1.0 + torch.eye(4)
+    net[2].weight.data[:] = 1e-6  # a global ranking removes all of them
+    found = compare(
+        net, torch.zeros(1, 4), budget=sc.Budget(sparsity=0.5), metric=lambda net: 0.0, methods=["magnitude"], seeds=[0]
+    )
+    magnitude, random = found.candidates
+    assert magnitude.effective_sparsity == 1 and 0.5 <= random.effective_sparsity < 1
+    assert found.warning.startswith(
+        "Warning, layer collapse: nothing has an effect any more of 0.weight, 2.weight after magnitude. Where"
+    )
+    assert found.table().head[-1] == "effective sparsity" and found.table().rows[0][-1] == "100.00 %"
+    assert found.warning in found.report()
+    content = json.loads(json.dumps(found.as_dict()))["methods"]
+    assert content[0]["collapsed"] == ["0.weight", "2.weight"] and content[1]["collapsed"] == []
+    assert content[0]["effective_sparsity"] == 1
+    smaller = made_up({"taylor": [0.95], "random": [0.9]})
+    assert smaller.warning == "" and smaller.table().head[-1] == "latency"
+    assert [m["effective_sparsity"] for m in smaller.as_dict()["methods"]] == [None, None]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +154,16 @@ def test_a_metric_of_the_users_own_and_default_methods(problem):
     assert {"random", "magnitude", "taylor"} <= names and found.best.method == "magnitude"
     assert {sc.method(name).card.paradigm for name in names} == {"baseline", "after training"}
     assert any(c.method == "taylor" and "data" in c.error for c in found.candidates)  # none were given
+    assert not found.share
+
+
+def test_failed_methods_come_last_whatever_the_metric(problem):
+    found = compare(
+        problem[0], torch.zeros(1, 8), budget=sc.Budget(sparsity=0.5), metric=lambda net: -521.97,
+        methods=["taylor", "magnitude"], seeds=[0],
+    )  # fmt: skip
+    assert [c.method for c in found.candidates] == ["magnitude", "random", "taylor"]
+    assert found.candidates[-1].pruned is None and found.table().rows[0][2] == f"{MINUS}521.97"
 
 
 def test_what_cannot_be_compared_is_refused_at_once(problem):
@@ -114,3 +172,5 @@ def test_what_cannot_be_compared_is_refused_at_once(problem):
         compare(model, torch.zeros(1, 8), budget=sc.Budget(macs=0.5), data=train)
     with pytest.raises(UnknownName, match="Did you mean 'taylor'"):
         compare(model, torch.zeros(1, 8), budget=sc.Budget(macs=0.5), validation=held_out, methods=["tailor"])
+    with pytest.raises(UnknownName, match="Unknown engine 'tensorrt'.*eager"):
+        compare(model, torch.zeros(1, 8), budget=sc.Budget(macs=0.5), validation=held_out, engine="tensorrt")

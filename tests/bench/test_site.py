@@ -6,7 +6,6 @@ import re
 import threading
 import urllib.request
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,7 +82,12 @@ def test_the_table_says_what_the_records_say(store, tmp_path):
     values = [100 * record(run_of("taylor", "macs=0.25", seed)).value for seed in (0, 1, 2)]
     rivals = [100 * record(run_of("random", "macs=0.25", seed)).value for seed in (0, 1, 2)]
     assert line["value"][0] == pytest.approx(sum(values) / 3, abs=1e-3) and line["value"][2] == 3
-    assert line["against"]["random"][0] == pytest.approx((sum(values) - sum(rivals)) / 3, abs=1e-3)
+    differences = [ours - theirs for ours, theirs in zip(values, rivals, strict=True)]
+    mean, _, _, low, high, n = line["against"]["random"]
+    assert (mean, low, high) == pytest.approx((sum(differences) / 3, min(differences), max(differences)), abs=1e-3)
+    assert n == 3 and line["effective"] is None  # it is smaller
+    masked = next(x for x in lines if (x["arm"], x["budget"]) == ("taylor", "sparsity=0.9"))
+    assert masked["effective"] == pytest.approx(90)
     assert line["x"] == pytest.approx(
         {"sparsity": 75, "macs": 25, "params": 25, "bytes": 25, "latency eager": 43.75}, abs=1e-3
     )

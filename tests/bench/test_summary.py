@@ -38,6 +38,20 @@ def test_failures_and_missing_seeds_are_shown():
     assert row.value is None and row.rank is None
 
 
+def test_effective_sparsity_is_that_of_masks():
+    runs = [r for r in RUNS if r.arm in ("dense", "taylor") and r.budget_label in ("", "macs=0.5", "sparsity=0.9")]
+    records = []
+    for run in runs:
+        record = make_record(run)
+        shares = {"effective_sparsity": 0.91 + 0.01 * run.seed, "widths": {"a": (2, 1)} if "macs" in run.label else {}}
+        records.append(record.model_copy(update={"measured": record.measured.model_copy(update=shares)}))
+    dense, channel, weight = summarize(records, BENCHMARK)
+    assert weight.effective_sparsity == pytest.approx(0.92)
+    assert dense.effective_sparsity is channel.effective_sparsity is None
+    (unknown,) = summarize([make_record(r) for r in runs if "sparsity" in r.label], BENCHMARK)
+    assert unknown.effective_sparsity is None
+
+
 def test_a_control_that_was_trained_less_is_no_rival():
     steps = {"taylor": 100, "magnitude": 50, "random": 50, "scratch-e": 100, "scratch-b": 99.5}
     records = []

@@ -13,7 +13,9 @@ import pytest
 from secateur.bench.benchmarks import find_benchmark
 from secateur.bench.site import serve
 from secateur.bench.site.build import build_site
+from secateur.bench.statistics import pareto_front
 from secateur.bench.store import Store
+from secateur.measure.report import MINUS
 from secateur.testing.records import records
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install secateur[slow-tests]")
@@ -100,7 +102,16 @@ def choose(driver, name, value):
 
 
 def traces(driver):
-    return driver.execute_script("return document.getElementById('plot').data.map(t => [t.name, t.x, t.y])")
+    """Name, costs and values of every arm in the plot."""
+    drawn = driver.execute_script("return document.getElementById('plot').data.map(t => [t.name, t.x, t.y])")
+    return [trace for trace in drawn if not trace[0].startswith("Pareto front")]
+
+
+def fronts(driver):
+    """The points (cost, value) of the Pareto fronts in the plot, by units."""
+    drawn = driver.execute_script("return document.getElementById('plot').data.map(t => [t.name, t.x, t.y])")
+    start = "Pareto front, "
+    return {n.removeprefix(start): list(zip(x, y, strict=True)) for n, x, y in drawn if n.startswith(start)}
 
 
 def test_filters_change_plot_and_table_alike(opened):
@@ -170,6 +181,20 @@ def test_the_axis_can_be_switched(opened):
     assert costs["bytes"] == {50, 25, 100} and costs["latency eager"] == {62.5, 43.75}
 
 
+@pytest.mark.parametrize(("axis", "sign"), [("macs", 1), ("sparsity", -1), ("latency eager", 1)])
+def test_the_front_of_the_chosen_axis_is_drawn(opened, axis, sign):
+    driver = opened(BOARD)
+    driver.find_element("name", "search").send_keys("made-up-1")
+    choose(driver, "axis", axis)
+    found = fronts(driver)
+    assert found.keys() == ({"channel"} if axis.startswith("latency") else {"channel", "weight"})
+    for units, front in found.items():
+        choose(driver, "units", units)
+        points = [(sign * x, y) for _, xs, ys in traces(driver) for x, y in zip(xs, ys, strict=True)]
+        assert [(sign * x, y) for x, y in front] == [points[i] for i in pareto_front(points)] and len(points) > 10
+        assert fronts(driver).keys() == {units}
+
+
 def test_a_point_opens_its_line_the_line_its_record_and_the_record_its_command(opened):
     driver = opened(BOARD)
     driver.find_element("name", "search").send_keys("taylor")
@@ -179,6 +204,13 @@ def test_a_point_opens_its_line_the_line_its_record_and_the_record_its_command(o
     )
     detail = driver.find_element("css selector", "tr.detail")
     assert "secateur bench run digits/resnet8 --methods taylor" in detail.text
+    line = next(
+        line
+        for line in driver.execute_script("return JSON.parse(document.getElementById('board').textContent).lines")
+        if line["arm"] == "taylor"
+    )
+    low, high = (f"{end:+.2f}".replace("-", MINUS) for end in line["against"]["random"][3:5])
+    assert f"bootstrap {low} to {high} over 3 seeds" in detail.text and "just the range" in detail.text
     command = detail.find_element("css selector", ".command code").text
     address = detail.find_element("link text", "seed 1").get_attribute("href")
     detail.find_element("css selector", ".command button").click()

@@ -52,12 +52,23 @@ def test_a_dry_run_names_what_is_missing_and_what_it_takes(results):
 def test_a_run_without_anything_to_do_shows_the_rows(results, tmp_path):
     store = Store(results)
     store.publish(make_record(RUNS[-1]))
+    text = invoke("run", "digits/resnet8", "--dry-run", "--results", results).output
+    assert text == f"Nothing to do: all {len(RUNS)} runs are done.\n"
     text = invoke("run", "digits/resnet8", "--results", results, "--scratch", tmp_path / "scratch").output
     assert "91.10 ± 0.25 (3)" in text and "+1.00 ▲" in text and "yes" in text
     ended = json.loads(
         invoke("run", "digits/resnet8", "--results", results, "--scratch", tmp_path / "scratch", "--json").output
     )
     assert len(ended["done"]) == len(RUNS) and (ended["failed"], ended["left"], ended["problems"]) == ([], 0, [])
+
+
+def test_show_has_the_effective_sparsity_of_masks(results):
+    run = next(r for r in RUNS if r.budget_label == "sparsity=0.9" and r.arm == "taylor")
+    found = make_record(run)
+    measured = found.measured.model_copy(update={"effective_sparsity": 0.9753})
+    store = Store(results.parent / "masked")
+    store.publish(found.model_copy(update={"measured": measured}))
+    assert "97.53 %" in invoke("show", "digits/resnet8", "--results", store.folder).stdout
 
 
 def test_show_says_what_is_refused_and_what_is_not_official(results):
@@ -79,6 +90,20 @@ def test_show_compares_with_the_controls_that_are_asked_for(results):
     assert "+1.00 ▲" in next(line for line in text.split("\n") if " taylor " in line)
     with pytest.raises(UnknownName, match=r"control .* 'scrath'.*Did you mean 'scratch'\? Known: .*random, scratch,"):
         invoke("show", "digits/resnet8", "--results", results, "--against", "random,scrath")
+
+
+def test_a_run_builds_the_pages_on_demand(results, tmp_path):
+    Store(results).publish(make_record(RUNS[-1]))
+    where = ("--results", results, "--scratch", tmp_path / "scratch")
+    result = invoke("run", "digits/resnet8", *where, "--build", tmp_path / "site")
+    page = (tmp_path / "site" / "benchmarks" / "digits-resnet8.html").read_text()
+    assert "secateur bench run digits/resnet8 --methods taylor" in page
+    assert f"Wrote {tmp_path / 'site' / 'index.html'}" in " ".join(result.stderr.split())
+    invoke("run", "digits/resnet8", *where, "--build", tmp_path / "two", "--json")
+    assert (tmp_path / "two" / "index.html").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRecipe, match="is a file, or cannot be written to"):
+        invoke("run", "digits/resnet8", *where, "--build", tmp_path / "file")
 
 
 @pytest.mark.slow

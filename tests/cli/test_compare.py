@@ -52,7 +52,10 @@ def test_a_comparison_writes_network_figures_and_report(recipe, tmp_path):
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert all(list(m["values"]) == ["0", "1"] for m in content["methods"])
     assert content["methods"][0]["about"]["recipe"]["recovery"]["epochs"] == 2
-    again = json.loads(invoke(recipe, "--methods", "magnitude", "--seeds", "1", "--json").stdout)
+    assert content["methods"][0]["latency"]["engine"] == "eager"
+    words = ("--methods", "magnitude", "--seeds", "1", "--engine", "onnxruntime", "--json")
+    again = json.loads(invoke(recipe, *words).stdout)
+    assert again["methods"][0]["latency"]["engine"] == "onnxruntime"
     assert "One seed decides nothing" in again["recommendation"] and torch.get_num_threads() == 1
 
 

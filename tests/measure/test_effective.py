@@ -98,5 +98,6 @@ def test_a_collapsed_layer_takes_all_others_with_it_and_the_report_says_so(net):
     page = pruned.report()
     assert "Warning, layer collapse: nothing of 0.weight, 2.weight, 4.weight" in page and "LAYER COLLAPSE" in page
     assert "Units without such a path: 6: 3 of 0, 3 of 2." in page
+    assert pruned.effective_sparsity == 1 - 2 / 35 and "<b>94.29 %</b><span>effective sparsity" in page  # two biases
     healthy = sc.prune(net, x, method="magnitude", allocation="uniform", budget=sc.Budget(sparsity=0.3))
     assert healthy.collapsed == () and "layer collapse" not in healthy.report().lower()

@@ -19,9 +19,10 @@ from secateur.core.budget import Budget
 from secateur.core.method import method as find_method
 from secateur.core.recipe import Recipe
 from secateur.core.slots import Precision
-from secateur.errors import DataNeeded, InvalidRecipe, SecateurError
+from secateur.errors import DataNeeded, InvalidRecipe, SecateurError, UnknownName
 from secateur.measure.figures import Point, tradeoff_figure
-from secateur.measure.report import MINUS, Page, Section, Table
+from secateur.measure.latency import available_engines
+from secateur.measure.report import MINUS, Page, Section, Table, collapses_warning, percentage
 from secateur.pruned import Pruned
 from secateur.training.loop import Evaluate, OnStep, accuracy
 from secateur.training.teacher import Teachers
@@ -55,6 +56,11 @@ class Candidate:
         """Mean and 95 % interval over the seeds."""
         return interval(list(self.values.values()))
 
+    @property
+    def effective_sparsity(self) -> float | None:
+        """For the first seed's masks: see `secateur.pruned.Pruned.effective_sparsity`; None for smaller networks."""
+        return self.pruned.effective_sparsity if self.pruned is not None and self.pruned.masks else None
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -64,11 +70,13 @@ class Comparison:
         budget: What every method had to meet.
         dense: The metric of the unpruned network.
         candidates: The methods, the best mean first; those that failed at the end.
+        share: Whether the metric is a share, such as the accuracy, and shown in percent.
     """
 
     budget: Budget
     dense: float
     candidates: tuple[Candidate, ...]
+    share: bool = True
 
     @property
     def ranked(self) -> tuple[Candidate, ...]:
@@ -98,60 +106,101 @@ class Comparison:
     def recommendation(self) -> str:
         """Which method, and how sure that is, in words."""
         best = self.best
-        seeds = best.value.n
-        words = [f"{best.method}: {_percent(best.value)}, the dense network has {100 * self.dense:.2f} %."]
-        if seeds == 1:
+        dense = self._number(self.dense) + self._unit
+        words = [f"{best.method}: {self._interval(best.value)}{self._unit}, the dense network has {dense}."]
+        if best.value.n == 1:
             return " ".join([*words, "One seed decides nothing: compare at least three."])
+        if len(self.ranked) == 1:
+            return " ".join([*words, "No other method has a result."])
         equals = [c.method for c in self.ranked[1:] if self.against(best.method, c.method).verdict == "undecided"]
         if best.method == BASELINE or BASELINE in equals:
-            words.append("No method is decidedly better than random pruning here; the choice hardly matters.")
+            words.append(self._not_above_random(equals))
         elif any(c.method == BASELINE for c in self.ranked):
             difference = self.against(best.method, BASELINE).difference
-            words.append(
-                f"{100 * difference.mean:.2f} points above random pruning ({100 * difference.low:.2f} to "
-                f"{100 * difference.high:.2f})."
-            )
+            mean, low, high = map(self._number, (difference.mean, difference.low, difference.high))
+            words.append(f"{mean}{' points' if self.share else ''} above random pruning ({low} to {high}).")
         rivals = [name for name in equals if name != BASELINE]
         if rivals:
-            words.append(f"Not told apart from it over {seeds} seeds: {', '.join(rivals)}.")
-        return " ".join(words).replace("-", MINUS)
+            words.append(f"Not told apart from it over {best.value.n} seeds: {', '.join(rivals)}.")
+        return " ".join(words)
+
+    def _not_above_random(self, equals: Sequence[str]) -> str:
+        """Return what follows where the best method is random pruning, or not told apart from it."""
+        verdicts = {c.method: self.against(c.method, BASELINE).verdict for c in self.ranked}
+        better, worse = ([name for name, v in verdicts.items() if v == sought] for sought in ("better", "worse"))
+        if better:
+            words = f"Not decidedly better than random pruning here, as {', '.join(better)} is"
+        else:
+            words = "No method is decidedly better than random pruning here"
+        if worse:
+            words += f"; decidedly worse: {', '.join(worse)}"
+        if not better and not worse and len(equals) == len(self.ranked) - 1:
+            return f"{words}; the choice hardly matters."
+        take = (better or [self.best.method])[0]
+        return f"{words}. Take {take}, or compare other methods, another budget or another recovery."
 
     def table(self) -> Table:
         """Return one row per method."""
         ranked = ranks({candidate.method: candidate.value for candidate in self.ranked})
+        metric, above = ("accuracy", "points above random") if self.share else ("metric", "above random")
+        head = ["rank", "method", metric, above, "parameters", "MACs", "latency"]
+        head += ["effective sparsity"] if self._masked else []
         rows = []
         for candidate in self.candidates:
             if candidate.pruned is None:
-                rows.append(["", candidate.method, f"failed: {candidate.error}", "", "", "", ""])
+                rows.append(["", candidate.method, f"failed: {candidate.error}", *[""] * (len(head) - 3)])
                 continue
             difference = self.against(candidate.method, BASELINE).difference if BASELINE in ranked else None
-            apart = f"{100 * difference.mean:+.2f} ± {100 * difference.half_width:.2f}" if difference else ""
+            apart = self._interval(difference, "+") if difference else ""
             after, timing = candidate.pruned.after, candidate.latency
             rows.append(
                 [
                     str(ranked[candidate.method]),
                     candidate.method,
-                    _percent(candidate.value),
-                    "" if candidate.method == BASELINE else apart.replace("-", MINUS),
+                    self._interval(candidate.value) + self._unit,
+                    "" if candidate.method == BASELINE else apart,
                     f"{after.nonzero_params:,}",
                     f"{after.effective_macs:,}",
                     f"{timing.pruned.p50_ms:.2f} ms ({timing.dense.p50_ms / timing.pruned.p50_ms:.2f}x)"
                     if timing
                     else "",
+                    *([percentage(candidate.effective_sparsity)] if self._masked else []),
                 ]
             )
-        head = ["rank", "method", "accuracy", "points above random", "parameters", "MACs", "latency"]
         return Table(head, rows, strong=0, text_columns=(1,))
+
+    def _number(self, value: float, sign: str = "") -> str:
+        """Return a figure of the metric in words: a share in percent, any other to five digits."""
+        text = f"{100 * value:{sign}.2f}" if self.share else f"{value:{sign}.5g}"
+        return text.replace("-", MINUS)
+
+    def _interval(self, value: Interval, sign: str = "") -> str:
+        spread = f" ± {self._number(value.half_width)}" if value.n > 1 else ""
+        return self._number(value.mean, sign) + spread
+
+    @property
+    def warning(self) -> str:
+        """What it means that nothing of some layers has an effect (layer collapse); empty if there are none."""
+        return collapses_warning({c.method: c.pruned.collapsed for c in self.ranked if c.pruned is not None})
+
+    @property
+    def _masked(self) -> bool:
+        return any(c.pruned is not None and c.pruned.masks for c in self.ranked)
+
+    @property
+    def _unit(self) -> str:
+        return " %" if self.share else ""
 
     def report(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return a page with recommendation, table and plot as HTML that works offline, and write it to `path`."""
+        against = f"{'Accuracy' if self.share else 'Metric'} against cost"
         page = Page(
             title="secateur: comparison",
             headline=f"{self.best.method} at a budget of {self.budget}",
             subtitle=self.recommendation,
             sections=[
-                Section("Methods", table=self.table(), caption=_CAPTION),
-                Section("Accuracy against cost", figure=self._figure(), caption="Bars: 95 % intervals over the seeds."),
+                Section("Methods", self.warning, self.table(), caption=_CAPTION + (_MASKED if self._masked else "")),
+                Section(against, figure=self._figure(), caption="Bars: 95 % intervals over the seeds."),
             ],
         )
         if path is not None:
@@ -159,15 +208,17 @@ class Comparison:
         return page.html()
 
     def _figure(self) -> str:
+        scale = 100 if self.share else 1
         series = {}
         for candidate in self.ranked:
             assert candidate.pruned is not None
             value, macs = candidate.value, candidate.pruned.after.effective_macs / 1e6
             note = f"{value.n} seed{'s' if value.n > 1 else ''}"
-            series[candidate.method] = [Point(macs, 100 * value.mean, 100 * value.half_width, note)]
+            series[candidate.method] = [Point(macs, scale * value.mean, scale * value.half_width, note)]
         assert self.best.pruned is not None
-        dense = Point(self.best.pruned.before.macs / 1e6, 100 * self.dense)
-        return tradeoff_figure(series, "multiply-adds (millions)", "accuracy (%)", dense)
+        dense = Point(self.best.pruned.before.macs / 1e6, scale * self.dense)
+        title = "accuracy (%)" if self.share else "metric"
+        return tradeoff_figure(series, "multiply-adds (millions)", title, dense)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -180,6 +231,8 @@ class Comparison:
                     "method": candidate.method,
                     "values": {str(seed): value for seed, value in candidate.values.items()},
                     "about": candidate.pruned.about() if candidate.pruned else None,
+                    "effective_sparsity": candidate.effective_sparsity,
+                    "collapsed": candidate.pruned.collapsed if candidate.pruned else (),
                     "latency": candidate.latency.model_dump() if candidate.latency else None,
                     "error": candidate.error or None,
                 }
@@ -192,6 +245,9 @@ _CAPTION = (
     "± is the 95 % interval over the seeds (Student's t); differences are paired by seed. Methods whose intervals "
     "overlap share a rank. Every method had the same budget, recovery and data. The figures chose the winner, so its "
     "own is a little too good: measure it once more on data that nothing was chosen by."
+)
+_MASKED = (
+    " Effective sparsity, of the first seed: the share of the parameters that are zero or cut off from the output."
 )
 
 
@@ -220,7 +276,8 @@ def compare(
         budget: How much may stay.
         data: Training batches, for scores and for the recovery.
         validation: Batches on which the methods are compared; the training must not see them.
-        metric: What is compared instead of the accuracy on `validation`; higher is better.
+        metric: What is compared instead of the accuracy on `validation`; higher is better. Shown as it is, not in
+            percent.
         methods: Names; default: all for trained networks that have the granularity. Random pruning is always added.
         seeds: One run of each method per seed.
         loss: (output, target) -> scalar; default: the model's own for mappings, else cross-entropy.
@@ -232,7 +289,7 @@ def compare(
 
     Raises:
         DataNeeded: Neither `validation` nor `metric`.
-        UnknownName: A method that does not exist.
+        UnknownName: A method that does not exist, or an engine that is not installed.
 
     Example:
         >>> import torch
@@ -245,6 +302,8 @@ def compare(
     """
     if validation is None and metric is None:
         raise DataNeeded("A comparison needs validation= (batches that the training does not see), or metric=.")
+    if engine not in available_engines():
+        raise UnknownName("engine", engine, available_engines())
     evaluate = metric or accuracy(validation)  # type: ignore[arg-type]
 
     def runs_of(name: str) -> Candidate:
@@ -273,8 +332,8 @@ def compare(
         return Candidate(name, values, first, timed)
 
     candidates = [runs_of(name) for name in _names(methods, slots)]
-    best_first = sorted(candidates, key=lambda c: -c.value.mean if c.values else 1.0)
-    return Comparison(budget, evaluate(model), tuple(best_first))
+    best_first = sorted(candidates, key=lambda c: (c.pruned is None, -c.value.mean if c.values else 0.0))
+    return Comparison(budget, evaluate(model), tuple(best_first), share=metric is None)
 
 
 def _names(methods: Sequence[str] | None, slots: Mapping[str, Any]) -> list[str]:
@@ -286,7 +345,3 @@ def _names(methods: Sequence[str] | None, slots: Mapping[str, Any]) -> list[str]
     for name in methods:
         find_method(name).but(**slots)
     return list(dict.fromkeys([*methods, BASELINE]))
-
-
-def _percent(value: Interval) -> str:
-    return f"{100 * value.mean:.2f}{f' ± {100 * value.half_width:.2f}' if value.n > 1 else ''} %"

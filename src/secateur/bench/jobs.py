@@ -21,7 +21,6 @@ from secateur.api import prune, save
 from secateur.bench.benchmarks import dense_run
 from secateur.bench.measurements import (
     Stopwatch,
-    effective_sparsity,
     peak_memory,
     reached,
     share,
@@ -243,7 +242,7 @@ def _measure_pruned(
         file_bytes=file_bytes,
         reached=reached(pruned),
         sparsity=1 - after.nonzero_params / pruned.before.params,
-        effective_sparsity=effective_sparsity(pruned),
+        effective_sparsity=pruned.effective_sparsity,
         samples_scored=sum(r.samples_used for r in pruned.rounds),
         training=_training(task, pruned.history, after.macs),
         proof=max((proof.max_error for proof in pruned.proofs), default=None),

@@ -27,11 +27,6 @@ def share(value: float, n: int) -> Metric:
     return Metric(value=value, low=min(value, max(0.0, center - half)), high=max(value, center + half), n=n)
 
 
-def effective_sparsity(pruned: Pruned) -> float | None:
-    """Return the share of the dense network's parameters that have no effect any more; None if that is not known."""
-    return None if pruned.effective is None else 1 - pruned.effective.params / pruned.before.params
-
-
 def reached(pruned: Pruned) -> float:
     """Return the budgeted quantity of a pruned network in the unit of the budget."""
     kind = pruned.budget.kind

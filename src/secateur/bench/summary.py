@@ -53,6 +53,15 @@ class Row:
         sizes = [record.measured.after.model_dump()[quantity] for record in self.records if record.measured]
         return interval(sizes).mean
 
+    @property
+    def effective_sparsity(self) -> float | None:
+        """The mean share of the parameters without effect; None for networks that are smaller, where it is unknown."""
+        if self.role == "dense":
+            return None
+        known = [m.effective_sparsity for m in (r.measured for r in self.records) if m is not None and not m.widths]
+        shares = [share for share in known if share is not None]
+        return interval(shares).mean if shares else None
+
     def speedup(self, engine: str) -> Interval | None:
         """Return how many times faster than the dense network the pruned one is; None if it was not timed."""
         timings = [record.machine.latency[engine] for record in self.records if engine in record.machine.latency]

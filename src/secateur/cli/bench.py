@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.bench import RESULTS
-from secateur.cli.common import JsonOption, ResultsOption, console, messages, print_json
+from secateur.cli.common import JsonOption, ResultsOption, check_folder, console, messages, print_json
 from secateur.errors import InvalidFile, InvalidRecipe, UnknownName
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run(
         Literal["none", "failed", "unofficial"], typer.Option(help="Which records to make anew.")
     ] = "none",
     keep_networks: Annotated[bool, typer.Option("--keep-networks", help="Keep pruned networks in scratch.")] = False,
+    build: Annotated[Path | None, typer.Option(help="Folder in which to build the leaderboard afterwards.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and how long it takes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,6 +71,7 @@ def run(
     from secateur.bench.benchmarks import data_of, find_benchmark, parse_budget, plan
     from secateur.bench.executors import make_executor
     from secateur.bench.jobs import Workplace
+    from secateur.bench.site.build import build_site
     from secateur.bench.store import Store
 
     benchmark = find_benchmark(name)
@@ -84,6 +86,8 @@ def run(
         reported=benchmark.reported,
         keep_networks=keep_networks,
     )
+    if build is not None:
+        check_folder(build)
     progress = runner.survey(runs, store)
     if dry_run:
         progress.done |= {record.id: record for record in store.made_for_others(progress.missing, benchmark)}
@@ -103,6 +107,9 @@ def run(
     _show_end(progress, as_json)
     if not as_json:
         _show_rows(name, results)
+    if build is not None:
+        build_site(store, build)
+        messages.print(f"Wrote {build / 'index.html'}", highlight=False, markup=False)
     if progress.left:
         raise typer.Exit(1)
 
@@ -143,6 +150,9 @@ def _show_plan(progress: Progress, estimate: Estimate, jobs: int, as_json: bool)
                 "seconds": estimate.seconds if estimate.known else None,
             }
         )
+        return
+    if not missing:
+        console.print(f"Nothing to do: all {len(progress.done)} runs are done.", highlight=False)
         return
     for run in missing:
         console.print(run.label, highlight=False)
@@ -186,7 +196,7 @@ def _show_rows(name: str, results: Path, against: str = AGAINST) -> None:
         raise InvalidFile(f"There are no records of {name} below {results}. Make them: secateur bench run {name}")
     rows = summarize(records, benchmark, controls)
     table = Table("units", "budget", "rank", "arm", "accuracy", box=None, pad_edge=False)
-    for heading in ("MACs", "speedup", *controls, "official"):
+    for heading in ("MACs", "effective", "speedup", *controls, "official"):
         table.add_column(heading, justify="left" if heading == "official" else "right")
     last = None
     for row in rows:
@@ -197,7 +207,8 @@ def _show_rows(name: str, results: Path, against: str = AGAINST) -> None:
     console.print(table)
     console.print(
         "± 95 % over seeds (Student's t). "
-        f"{', '.join(controls)}: points above these at the same budget, paired by seed.",
+        f"{', '.join(controls)}: points above these at the same budget, paired by seed. "
+        "effective: parameters that masks set to zero or cut off from the output (effective sparsity).",
         style="dim",
     )
 
@@ -224,6 +235,7 @@ def _cells(row: Row, engine: str, controls: Sequence[str]) -> list[str]:
         row.arm,
         f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f} ({row.value.n})",
         f"{row.mean('effective_macs') / 1e6:.1f} M",
+        "" if row.effective_sparsity is None else f"{100 * row.effective_sparsity:.2f} %",
         f"{speedup.mean:.2f}x" if speedup else "",
         *(_points(row, control) for control in controls),
         "yes" if row.official else row.reasons[0],

@@ -19,6 +19,7 @@ def command(
     recipe: Annotated[Path, typer.Argument(help="A YAML file as for `secateur prune`; its method is not looked at.")],
     methods: Annotated[str | None, typer.Option(help="With commas; default: all for trained networks.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    engine: Annotated[str, typer.Option(help="Smaller networks are timed in: eager, onnxruntime, openvino.")] = "eager",
     out: Annotated[Path, typer.Option(help="Folder for the best network, the figures and the report.")] = Path(
         "comparison"
     ),
@@ -55,6 +56,7 @@ def command(
             loss=import_function(run.loss) if run.loss else subject["loss"],
             precision=run.precision,
             teachers=subject["teachers"],
+            engine=engine,
             on_run=on_run,
             **run.recipe,
         )
@@ -73,4 +75,6 @@ def command(
         table.add_row(*row)
     console.print(table)
     console.print(f"\n{found.recommendation}\n", highlight=False)
+    if found.warning:
+        console.print(found.warning, style="bold red", markup=False)
     console.print(f"Wrote {out}/model.safetensors, comparison.json and report.html.", markup=False)

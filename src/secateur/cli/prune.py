@@ -71,7 +71,7 @@ def command(
 ) -> None:
     """Prune a network as a recipe file says; writes model.safetensors, record.json and report.html."""
     from secateur.api import prune, save
-    from secateur.measure.report import collapse_warning
+    from secateur.measure.report import collapse_warning, percentage
 
     changes = {"model": model, "data": data, "seed": seed}
     run = read_run_file(recipe, {k: v for k, v in changes.items() if v is not None})
@@ -97,7 +97,7 @@ def command(
     save(pruned, out / "model.safetensors")
     record = {**pruned.about(), "history": pruned.history, "run": run.model_dump(mode="json", exclude_none=True)}
     if pruned.masks:
-        record["collapsed"] = pruned.collapsed
+        record |= {"effective_sparsity": pruned.effective_sparsity, "collapsed": pruned.collapsed}
     if subject["test"] is not None:
         record["test_accuracy"] = {"before": subject["test"](subject["model"]), "after": subject["test"](pruned.model)}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -116,6 +116,7 @@ def command(
     if pruned.masks and pruned.effective is not None:
         units = sum(pruned.effective.cut_off.values())
         console.print(f"on a path   {'':>14}    {pruned.effective.params:,} ({units} units are cut off)")
+        console.print(f"effective sparsity {percentage(pruned.effective_sparsity):>25}")
     if pruned.collapsed:
         console.print(collapse_warning(pruned.collapsed), style="bold red", markup=False)
     if "test_accuracy" in record:

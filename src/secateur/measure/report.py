@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 MINUS = "\N{MINUS SIGN}"
 FROZEN_TEXT = "An axis is cut only if its slices are known in every tensor that holds them. These were left alone."
 
+COLLAPSE_TEXT = (
+    "Where no shortcut leads around such a layer, the output does not depend on the input. Ask for less sparsity, or "
+    "for an allocation or a method that keeps every layer alive (uniform, erk, synflow)."
+)
 SIMILARITY_TEXT = (
     "Centered kernel alignment of the layers' outputs: 1 where both networks see the samples alike, up to rotation and "
     "scale."
@@ -126,11 +130,13 @@ def collapse_warning(collapsed: Sequence[str]) -> str:
     """Return what it means that nothing of some layers has an effect; empty if there are none."""
     if not collapsed:
         return ""
-    return (
-        f"Warning, layer collapse: nothing of {_some(collapsed)} has an effect any more. Where no shortcut leads "
-        "around such a layer, the output does not depend on the input. Ask for less sparsity, or for an allocation or "
-        "a method that keeps every layer alive (uniform, erk, synflow)."
-    )
+    return f"Warning, layer collapse: nothing of {_some(collapsed)} has an effect any more. {COLLAPSE_TEXT}"
+
+
+def collapses_warning(collapsed: Mapping[str, Sequence[str]]) -> str:
+    """Return the same of several networks, from the method that pruned each -> its layers without effect."""
+    dead = "; ".join(f"of {_some(layers)} after {method}" for method, layers in collapsed.items() if layers)
+    return f"Warning, layer collapse: nothing has an effect any more {dead}. {COLLAPSE_TEXT}" if dead else ""
 
 
 def _cut_off(effective: Effective | None) -> str:
@@ -215,6 +221,11 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g} {unit}"
     return f"{number:.3g}"
+
+
+def percentage(share: float | None) -> str:
+    """Return a share for people: 97.53 %."""
+    return "unknown" if share is None else f"{100 * share:.2f} %"
 
 
 def change(before: float, after: float) -> str:

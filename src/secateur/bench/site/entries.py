@@ -68,6 +68,7 @@ def entry(row: Row, benchmark: Benchmark, cards: Mapping[str, Card], address: Ma
         "budget": row.budget,
         "value": _percent(row.value),
         "x": _costs(row, benchmark.engines),
+        "effective": None if row.effective_sparsity is None else round(100 * row.effective_sparsity, 3),
         "speedup": {e: _pair(found) for e in benchmark.engines if (found := row.speedup(e)) is not None},
         "against": {name: _difference(paired) for name, paired in row.against.items()},
         "rank": row.rank,
@@ -138,7 +139,11 @@ def _pair(found: Interval) -> list[float]:
 
 
 def _difference(found: Paired) -> list[Any]:
-    return [round(100 * found.difference.mean, 3), round(100 * found.difference.half_width, 3), found.verdict]
+    """Return mean, half-width, verdict, both ends of the bootstrap interval, and the number of pairs."""
+    mean, half, low, high = (
+        round(100 * share, 3) for share in (found.difference.mean, found.difference.half_width, found.low, found.high)
+    )
+    return [mean, half, found.verdict, low, high, found.difference.n]
 
 
 def _reported(found: Reported) -> dict[str, Any]:
