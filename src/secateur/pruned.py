@@ -84,7 +84,7 @@ class Pruned:
     @property
     def collapsed(self) -> tuple[str, ...]:
         """The masked tensors of which nothing has an effect any more (layer collapse)."""
-        if self.effective is None:
+        if not self.masks or self.effective is None:  # to know what has an effect takes a trace
             return tuple(name for name, mask in self.masks.items() if not mask.any())
         return tuple(name for name in self.masks if self.effective.weights[name] == 0)
 

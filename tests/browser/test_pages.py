@@ -207,7 +207,7 @@ def test_a_point_opens_its_line_the_line_its_record_and_the_record_its_command(o
     line = next(
         line
         for line in driver.execute_script("return JSON.parse(document.getElementById('board').textContent).lines")
-        if line["arm"] == "taylor"
+        if line["arm"] == "taylor" and line["command"] in detail.text
     )
     low, high = (f"{end:+.2f}".replace("-", MINUS) for end in line["against"]["random"][3:5])
     assert f"bootstrap {low} to {high} over 3 seeds" in detail.text and "just the range" in detail.text
