@@ -113,7 +113,7 @@ class Board {
     const place = document.getElementById("plot");
     const shown = this.lines.filter((line) => line.value && line.x[axis.key] !== undefined && line.role !== "dense");
     const drawn = best(shown);
-    const traces = tracesOf(drawn, axis, stylesOf(this.data.lines));
+    const traces = [...tracesOf(drawn, axis, stylesOf(this.data.lines)), ...frontsOf(drawn, axis)];
     const layout = plotLayout(innerWidth < 700 ? axis.words.replace(" (", "<br>(") : axis.words, `${this.data.metric} (%)`);
     const dense = this.data.lines.find((line) => line.role === "dense" && line.value);
     layout.shapes = dense ? denseShapes(dense) : [];
@@ -127,7 +127,7 @@ class Board {
       place.listens = true;
     }
     document.getElementById("plot-caption").textContent =
-      `${drawn.length < shown.length ? `Drawn are the ${DRAWN} methods of best rank; the filters choose others. ` : ""}${axis.note} Bars are 95 % intervals over seeds; the band is that of the dense network. Grey: controls; dotted: single weights. A click on a point opens its line.`;
+      `${drawn.length < shown.length ? `Drawn are the ${DRAWN} methods of best rank; the filters choose others. ` : ""}${axis.note} Bars are 95 % intervals over seeds; the band is that of the dense network. Grey: controls; dotted: single weights. Rings and thin stairs: the means that no other point with the same units beats on this axis, by however little (Pareto front). A click on a point opens its line.`;
   }
 
   open(key) {
@@ -203,8 +203,18 @@ class Board {
     const papers = line.reported.map((paper) => element("p", {}, `Reported, not ours: ${paper.value.toFixed(2)} % (${paper.source}). ${paper.note}`));
     const state = line.official ? "Official." : `Not official: ${line.reasons.join("; ")}.`;
     return element("tr", { class: "detail" }, element("td", { colspan: this.columns.length },
-      element("p", {}, line.words ? `${line.words} ` : "", element("span", { class: "soft" }, state)), element("ul", {}, ...links, ...failed), ...papers, commandBox(line.command)));
+      element("p", {}, line.words ? `${line.words} ` : "", element("span", { class: "soft" }, state)), element("ul", {}, ...links, ...failed), differences(line), ...papers, commandBox(line.command)));
   }
+}
+
+function differences(line) {
+  // Of several seeds; the interval that decides (Student's t), and beside it the bootstrap interval.
+  const several = Object.entries(line.against).filter(([, found]) => found[5] > 1);
+  if (!several.length) return null;
+  const items = several.map(([control, [mean, half, verdict, low, high, n]]) => element("li", {},
+    `from ${control}: ${signed(mean)} ± ${half.toFixed(2)}, `, element("span", { class: verdict }, verdict), `; bootstrap ${signed(low)} to ${signed(high)} over ${n} seeds`));
+  const few = several.some(([, found]) => found[5] < 4) ? " Over three seeds or fewer the latter is just the range of the differences, and covers the true one less often than it says: ± decides." : "";
+  return element("div", {}, element("p", {}, `Differences in points, paired by seed: ± is the 95 % interval (Student's t), beside it the bootstrap interval.${few}`), element("ul", {}, ...items));
 }
 
 function keyOf(line) {
@@ -243,6 +253,9 @@ function columnsOf(data) {
     number("MACs (%)", (line) => line.x.macs, (line) => line.x.macs.toFixed(1), "of the dense network, without products with zeros", true),
     number("params (%)", (line) => line.x.params, (line) => line.x.params.toFixed(1), "that are not zero", true),
   ];
+  if (data.lines.some((line) => line.effective !== null)) {
+    columns.push(number("effective sparsity (%)", (line) => line.effective, (line) => line.effective.toFixed(2), "parameters that are zero or cut off from the output, by masks"));
+  }
   for (const engine of data.engines) {
     columns.push(number(`speed, ${engine}`, (line) => line.speedup[engine] && line.speedup[engine][0], (line) => `${line.speedup[engine][0].toFixed(2)}×`, "times faster than the dense network"));
   }
@@ -302,6 +315,30 @@ function tracesOf(lines, axis, styles) {
   });
 }
 
+function frontOf(points) {
+  // The points [cost, value] that no other beats, from the cheapest on: as pareto_front in secateur.bench.statistics.
+  const front = [];
+  for (const point of [...points].sort((a, b) => a[0] - b[0] || b[1] - a[1])) {
+    const last = front.at(-1);
+    if (!last || point[1] > last[1] || (point[0] === last[0] && point[1] === last[1])) front.push(point);
+  }
+  return front;
+}
+
+function frontsOf(lines, axis) {
+  const color = getComputedStyle(document.documentElement).getPropertyValue("--text").trim();
+  return [...new Set(lines.map((line) => line.units))].map((units) => {
+    const costs = lines.filter((line) => line.units === units).map((line) => [axis.reversed ? line.x[axis.key] : -line.x[axis.key], line.value[0]]);
+    const front = frontOf(costs);
+    const name = `Pareto front, ${units}`;
+    return {
+      name, legendrank: 1, type: "scatter", mode: "lines+markers", hoverinfo: "skip", opacity: 0.65,
+      x: front.map(([cost]) => Math.abs(cost)), y: front.map(([, value]) => value),
+      marker: { size: 16, symbol: "circle-open", color, line: { width: 1.2 } }, line: { color, width: 1, shape: "hv", dash: units === "weight" ? "dot" : "solid" },
+    };
+  });
+}
+
 function denseShapes(dense) {
   const [mean, half] = dense.value;
   const across = { xref: "paper", x0: 0, x1: 1, layer: "below" };
@@ -311,16 +348,6 @@ function denseShapes(dense) {
   ];
 }
 
-async function reloadWhenRebuilt() {
-  // Only `secateur leaderboard serve` has this address; it says when the pages were last built.
-  if (!location.protocol.startsWith("http")) return;
-  const ask = async () => { const answer = await fetch("/built"); return answer.ok ? answer.text() : null; };
-  const first = await ask().catch(() => null);
-  if (first === null) return;
-  setInterval(async () => { const now = await ask().catch(() => first); if (now !== first) location.reload(); }, 3000);
-}
-
 document.querySelectorAll(".command").forEach(addCopyButton);
 const content = document.getElementById("board");
 if (content) new Board(JSON.parse(content.textContent));
-reloadWhenRebuilt();
