@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.measure.latency import Latency, compare_latency, measure_latency
     from secateur.measure.profile import Profile, profile
+    from secateur.measure.trainability import Trainability, trainability
     from secateur.pruned import Pruned
     from secateur.pruner import Pruner
     from secateur.structure.structure import Axis, Structure
@@ -43,6 +44,7 @@ _HOMES = {
     "Scope": "core.slots",
     "SecateurError": "errors",
     "Structure": "structure.structure",
+    "Trainability": "measure.trainability",
     "Verification": "structure.verify",
     "compare": "bench.compare",
     "compare_latency": "measure.latency",
@@ -54,6 +56,7 @@ _HOMES = {
     "prune": "api",
     "save": "api",
     "trace": "structure.trace",
+    "trainability": "measure.trainability",
     "verify_by_twin": "structure.twin",
 }
 
@@ -73,6 +76,7 @@ __all__ = [
     "Scope",
     "SecateurError",
     "Structure",
+    "Trainability",
     "Verification",
     "compare",
     "compare_latency",
@@ -84,6 +88,7 @@ __all__ = [
     "prune",
     "save",
     "trace",
+    "trainability",
     "verify_by_twin",
 ]
 

@@ -15,12 +15,11 @@ from secateur.errors import UnknownName
 from secateur.measure.figures import lines_figure
 from secateur.measure.safe_sparsity import safe_sparsity
 from secateur.parts.mean_field import chi
-from secateur.studies import STUDIES, find_study
+from secateur.studies import STUDIES, find_study, wide_prior
 from secateur.studies.edge_of_chaos import relu_correlation, travel
 from secateur.studies.pruned_fraction import Setting, train
 from secateur.studies.safe_sparsity import ClassNeurons, train_multilayer
 from secateur.studies.study import Claim, Exhibit, Findings, Study
-from secateur.studies.wide_prior import mean_gram, solve
 
 
 def test_the_correlation_map_of_relu():
@@ -73,18 +72,41 @@ def test_the_network_for_digits_needs_its_weights(monkeypatch):
 
 
 def test_wide_networks_are_solved_and_narrow_ones_are_not(monkeypatch):
-    from secateur.studies import wide_prior
-
     monkeypatch.setattr(wide_prior, "STEPS", 400)
-    losses, steps = solve(320, 1.0, 1.0, 0)
-    assert int((steps < 400).sum()) >= 9 and float(losses.median()) <= wide_prior.SOLVED
-    assert int((solve(8, 1.0, 1.0, 0)[1] < 400).sum()) == 0
+    losses, narrow = (wide_prior.solve(wide_prior.problems(width, 1.0, 1.0, 0)) for width in (320, 8))
+    assert len(losses) <= 401 and int((losses[-1] <= wide_prior.SOLVED).sum()) >= 9
+    assert len(narrow) == 401 and float(narrow.min()) > wide_prior.SOLVED
 
 
-def test_the_factor_restores_the_gram_matrix():
-    dense, pruned = (mean_gram(400, p, 0) for p in (1.0, 0.5))
-    assert pruned == pytest.approx(dense, rel=0.1)
+def test_pruned_weights_of_a_prior_stay_zero(monkeypatch):
+    monkeypatch.setattr(wide_prior, "STEPS", 5)
+    given = wide_prior.problems(30, 0.3, 0.3**-0.5, 0)
+    before = given.net.w.detach().clone()
+    losses = wide_prior.solve(given)
+    after = given.net.w.detach()
+    assert (losses[1:] < losses[:-1]).all() and not after[~given.mask].any()
+    assert float(given.mask.double().mean()) == pytest.approx(0.3, abs=0.02)
+    assert ((after != before) == given.mask).all()
+
+
+def test_the_loss_falls_at_least_at_the_rate_of_the_bound_where_the_condition_holds(monkeypatch):
+    monkeypatch.setattr(wide_prior, "DRAWS", 3)
+    wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (640, 40))
+    assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 3
+    assert all(rate >= bound > 0.05 for rate, bound in zip(wide.rates, wide.bounds, strict=True))
+    # At its mean rate a loss reaches the goal in its number of steps; the smallest mean is no larger than the last one.
+    given = wide_prior.problems(640, 1.0, 1.0, 0)
+    start = (given.net(given.u) - given.y).detach().square().sum((1, 2)) / 2
+    for loss, steps, rate in zip(start.tolist(), wide.steps, wide.rates, strict=True):
+        assert 0 < rate <= math.log(loss / wide_prior.SOLVED) / (wide_prior.STEP * (steps - 1))
+
+
+def test_the_factor_restores_the_gram_matrix(monkeypatch):
+    monkeypatch.setattr(wide_prior, "LATENT", 500)  # so that all units keep about the same share of their input
+    dense, bare, mended = (wide_prior.mean_gram(400, *arm, 0) for arm in ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5**-0.5)))
+    assert mended == pytest.approx(dense, rel=0.05)
     assert dense == pytest.approx(chi("tanh", 1.0, 1.0), rel=0.05)
+    assert bare == pytest.approx(0.5 * chi("tanh", 1.0, 0.5), rel=0.05)
 
 
 def test_a_study_writes_its_page_and_its_numbers(tmp_path):

@@ -45,12 +45,14 @@ class Exhibit:
         caption: What is to be seen, and under which settings.
         figure: Plotly's HTML, or "".
         table: Rows of text, or None.
+        claims: Which claims of the study it bears on, counted from 0; the page says them with their verdicts below it.
     """
 
     title: str
     caption: str
     figure: str = ""
     table: Table | None = None
+    claims: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class Findings:
     def holds(self) -> bool:
         """Whether every claim holds."""
         return all(claim.holds for claim in self.claims)
+
+    def caption(self, exhibit: Exhibit) -> str:
+        """Return the claims that an exhibit bears on, each with its source and its verdict, and then its caption."""
+        claims = [self.claims[i] for i in exhibit.claims]
+        judged = [f"{c.statement} ({c.source}) {'This holds' if c.holds else 'This does not hold'}." for c in claims]
+        return "\n".join([*judged, exhibit.caption])
 
 
 @dataclass(frozen=True)
@@ -114,5 +122,7 @@ class Study:
         rows = [(c.statement, c.expected, c.found, "holds" if c.holds else "fails", c.source) for c in findings.claims]
         head = ("claim", "expected", "found", "verdict", "source")
         sections = [Section("Claims", table=Table(head, rows, text_columns=(0, 1, 2, 3, 4)))]
-        sections += [Section(e.title, table=e.table, figure=e.figure, caption=e.caption) for e in findings.exhibits]
+        sections += [
+            Section(e.title, table=e.table, figure=e.figure, caption=findings.caption(e)) for e in findings.exhibits
+        ]
         return Page(self.title, self.title, f"{self.question} {self.source}.", sections=sections)
