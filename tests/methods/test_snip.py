@@ -125,15 +125,48 @@ def test_force_is_the_papers_algorithm_and_with_one_step_it_is_snip(steps):
         assert any((later & ~expected[0][n]).any() for later_masks in expected for n, later in later_masks.items())
 
 
-def test_iterative_snip_has_nested_masks_and_scores_what_is_left():
+def recorded(monkeypatch, owner, name, found):
+    """What `found` makes of the arguments and the result of each call of a method."""
+    method, history = getattr(owner, name), []
+
+    def recording(*args):
+        result = method(*args)
+        history.append(found(*args, result))
+        return result
+
+    monkeypatch.setattr(owner, name, recording)
+    return history
+
+
+def revived(masks):
+    """How many weights each mask keeps that the one before has removed."""
+    return [sum(int((b[n] & ~a[n]).sum()) for n in b) for a, b in pairwise(masks)]
+
+
+def test_iterative_snip_has_nested_masks_and_scores_what_is_left(monkeypatch):
     model, data = network(), batches()
     schedule = {"name": "iterative", "steps": 4, "span": 0}
     options = {"method": "snip", "data": data, "schedule": schedule}
+    scored = recorded(
+        monkeypatch, Snip, "score", lambda _, context, scores: {n: w != 0 for n, w in context.weights.items()}
+    )
     tight = sc.prune(model, data[0][0], budget=sc.Budget(sparsity=0.9), **options)
-    total = 240
+    total, masks = 240, [*scored, tight.masks]
+    assert [sum(int(m.sum()) for m in mask.values()) for mask in masks] == [total, *(r.cost for r in tight.rounds)]
+    assert revived(masks) == [0, 0, 0, 0]
     assert [r.cost for r in tight.rounds] == [int(0.1 ** (i / 4) * total + 1e-9) for i in (1, 2, 3)] + [24]
     once = sc.prune(model, data[0][0], budget=sc.Budget(sparsity=0.9), method="snip", data=data)
     assert any(not torch.equal(m, once.masks[n]) for n, m in tight.masks.items())
+
+
+def test_force_brings_weights_back(monkeypatch):
+    model, data = network(), batches()
+    masks = recorded(monkeypatch, sc.Context, "choose", lambda *call: call[-1])
+    options = {"method": "snip", "data": data, "budget": sc.Budget(sparsity=0.9)}
+    found = sc.prune(model, data[0][0], criterion={"name": "snip", "force": 4}, **options)
+    counts = [sum(int(m.sum()) for m in mask.values()) for mask in masks]
+    assert counts == [int(0.1 ** (i / 4) * 240 + 1e-9) for i in (1, 2, 3)]
+    assert any(revived([*masks, found.masks]))
 
 
 def test_mask_and_weights_come_from_init_although_a_trained_network_is_given():

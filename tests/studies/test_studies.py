@@ -44,7 +44,20 @@ def test_a_signal_that_no_neuron_sees_is_not_learned():
     small = Setting(classes=2, inputs=50, neurons=6, samples=8, steps=200, test_samples=60)
     dense, gone = train(small, 1.0, 0), train(small, 1e-9, 0)
     assert dense.survivors == 1 and dense.train_loss < 0.01 and dense.test_accuracy > 0.9
+    assert 1 - dense.test_accuracy <= dense.error_bound < gone.error_bound == 1
     assert gone.survivors == 0 and gone.test_loss == pytest.approx(math.log(2)) == gone.train_loss
+
+
+def test_the_bound_on_the_test_error_is_hand_computed_and_holds():
+    setting = Setting(classes=2, inputs=3, neurons=1, noise=0.5)
+    weight = torch.tensor([[3.0, 0.0, 2.0], [0.0, 3.0, -1.0]])
+    # Without noise the roots of a sample of class 0 are 3 and 0; they move by 0.5 * 2 and 0.5 * 1 per unit of noise.
+    bound = setting.error_bound(weight, torch.eye(2, 3), torch.tensor([0, 1]))
+    assert bound == pytest.approx(math.exp(-9 / (2 * 1.5**2)))
+    x, labels = setting.draw(4000, torch.Generator().manual_seed(0))
+    wrong = float((setting.logits(weight, x).argmax(1) != labels).float().mean())
+    assert 0.001 < wrong < setting.error_bound(weight, x, labels) < 1
+    assert setting.error_bound(torch.zeros(2, 3), x, labels) == 1
 
 
 def test_the_theorys_network_as_a_module_and_its_safe_density():
@@ -90,10 +103,11 @@ def test_pruned_weights_of_a_prior_stay_zero(monkeypatch):
 
 
 def test_the_loss_falls_at_least_at_the_rate_of_the_bound_where_the_condition_holds(monkeypatch):
-    monkeypatch.setattr(wide_prior, "DRAWS", 3)
+    for name, value in (("DRAWS", 3), ("STEPS", 600)):
+        monkeypatch.setattr(wide_prior, name, value)
     wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (640, 40))
     assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 3
-    assert all(rate >= bound > 0.05 for rate, bound in zip(wide.rates, wide.bounds, strict=True))
+    assert all(rate >= bound > 0 for rate, bound in zip(wide.rates, wide.bounds, strict=True))
     # At its mean rate a loss reaches the goal in its number of steps; the smallest mean is no larger than the last one.
     given = wide_prior.problems(640, 1.0, 1.0, 0)
     start = (given.net(given.u) - given.y).detach().square().sum((1, 2)) / 2
@@ -112,17 +126,26 @@ def test_the_factor_restores_the_gram_matrix(monkeypatch):
 def test_a_study_writes_its_page_and_its_numbers(tmp_path):
     claim = Claim("two is two", "arithmetic", "2", "2", True)
     findings = Findings(
-        (claim,), (Exhibit("Line", "A caption.", lines_figure({"a": [(1, 2), (2, 3)]}, "x", "y")),), {"n": 2}
+        (claim, Claim("two is three", "nobody", "3", "2", False)),
+        (
+            Exhibit("Line", "A caption.", lines_figure({"a": [(1, 2), (2, 3)]}, "x", "y"), claims=(0,)),
+            Exhibit("Other", "More.", claims=(0, 1)),
+        ),
+        {"n": 2},
     )
+    line, other = (findings.caption(exhibit) for exhibit in findings.exhibits)
+    assert line == "two is two (arithmetic) This holds.\nA caption."
+    assert "two is three (nobody) This does not hold." in other.splitlines()
     study = Study("twice", "Twice", "Is it?", "Nobody", lambda seed, progress: findings)
-    assert study.report(tmp_path / "new", 3, lambda *_: None).holds
+    assert not study.report(tmp_path / "new", 3, lambda *_: None).holds
     record = json.loads((tmp_path / "new" / "twice.json").read_text())
     assert record["claims"][0]["holds"] and record["data"] == {"n": 2} and record["seed"] == 3
     page = (tmp_path / "new" / "twice.html").read_text()
     assert (
         "two is two" in page and "A caption." in page and "holds" in page and "https://" not in page.split("<script")[0]
     )
-    assert not Findings((claim, Claim("no", "", "", "", False)), (), {}).holds
+    assert line in page and other in page
+    assert Findings((claim,), (), {}).holds
 
 
 def test_every_study_is_listed_and_an_unknown_one_is_one_line():

@@ -157,11 +157,13 @@ def _exhibits(found: dict[str, Travel], theory: list[float], curve: list[tuple[f
             "Correlation of two inputs",
             "Masks do not change how correlations travel as long as the biases are zero. " + setting,
             figure=lines_figure(correlations, "layer", "correlation"),
+            claims=(0, 1),
         ),
         Exhibit(
             "Variance of the signal",
             "Each pruned layer passes on a part of the variance, until nothing is left. " + setting,
             figure=lines_figure(variances, "layer", "variance (log scale)", log_y=True),
+            claims=(2, 3),
         ),
     )
 

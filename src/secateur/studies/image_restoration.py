@@ -334,15 +334,21 @@ def _exhibits(
     ]
     return (
         *(
-            Exhibit(f"{task.capitalize()}, step by step", "Means over the pictures. " + about, curves[task])
+            Exhibit(
+                f"{task.capitalize()}, step by step",
+                "Means over the pictures. " + about,
+                curves[task],
+                claims=(0, 1) if task == "denoising" else (0,),
+            )
             for task in tasks
         ),
         Exhibit(
             "PSNR by density",
             f"After {STEPS} steps, means over the pictures. " + about,
             lines_figure(by_density, "kept weights (%, log scale)", "PSNR (dB)", log_x=True, falling_x=True),
+            claims=(2,),
         ),
-        Exhibit("The pictures", about, _pictures(problems, found, filtered)),
+        Exhibit("The pictures", about, _pictures(problems, found, filtered), claims=(0, 2)),
         Exhibit("All figures", about, table=Table(head, rows)),
     )
 

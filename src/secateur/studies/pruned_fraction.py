@@ -8,12 +8,17 @@ abstract only; the setting below is reconstructed, and the predictions are deriv
 A signal survives if one of the m neurons of its class keeps its coordinate: 1 - (1 - p)^m at density p, while the noise
 that a neuron sees falls with p. So the test loss falls with p at first, and the network knows nothing beyond
 p = log(K) / m.
+
+For a trained network this becomes a bound on its test error. The third root of a class's output (for q = 3) is a 3-norm
+of its rectified neurons, and moves by at most L = sigma ||W||, in the spectral norm over the coordinates of noise, per
+unit of standard noise. Hence, by the concentration of Gaussian measure, a sample of class k goes to j with probability
+at most exp(-margin² / (2 (L_k + L_j)²)), where the margin is the mean of root k minus root j. Over all j this adds up.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,6 +31,10 @@ from secateur.studies.study import Claim, Exhibit, Findings, OnProgress, Study
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
 DRAWS = 5
+FEW_SAMPLES, LONG = 8, 5000
+"""So few samples and so many steps, at a density of MEMORIZED: enough to learn them by heart."""
+
+MEMORIZED = 0.01
 
 
 @dataclass(frozen=True)
@@ -70,16 +79,34 @@ class Setting:
         """(K m, d), (n, d) -> (n, K): the sum of each class's neurons."""
         return F.relu(x @ weight.T).pow(self.power).view(len(x), self.classes, self.neurons).sum(2)
 
+    def error_bound(self, weight: Tensor, x: Tensor, labels: Tensor) -> float:
+        """Return the bound on the test error, which is a probability; `x` and `labels` give the mean margins."""
+        roots = self.logits(weight, x).pow(1 / self.power)
+        by_class = torch.stack([roots[labels == k].mean(0) for k in range(self.classes)])
+        margins = (by_class.diagonal()[:, None] - by_class).clamp_min(0)
+        noise = weight.view(self.classes, self.neurons, -1)[:, :, self.classes :]
+        reach = self.noise * torch.linalg.matrix_norm(noise, 2)
+        wrong = (-(margins**2) / (2 * (reach[:, None] + reach) ** 2).clamp_min(1e-30)).exp().fill_diagonal_(0)
+        return float(wrong.sum(1).clamp_max(1).mean())
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one network."""
+    """What became of one network.
+
+    Attributes:
+        train_loss: Cross-entropy.
+        test_loss: Cross-entropy.
+        test_accuracy: In [0, 1].
+        error_bound: On 1 - test accuracy, for new samples.
+        survivors: Share of the classes whose signal a neuron of that class still sees.
+    """
 
     train_loss: float
     test_loss: float
     test_accuracy: float
+    error_bound: float
     survivors: float
-    """Share of the classes whose signal a neuron of that class still sees."""
 
 
 def train(setting: Setting, density: float, seed: int) -> Outcome:
@@ -102,6 +129,7 @@ def train(setting: Setting, density: float, seed: int) -> Outcome:
             float(F.cross_entropy(setting.logits(weight, x), labels)),
             float(F.cross_entropy(test_logits, test_labels)),
             float((test_logits.argmax(1) == test_labels).float().mean()),
+            setting.error_bound(weight, test_x, test_labels),
             sum(float(own[k, :, k].any()) for k in range(setting.classes)) / setting.classes,
         )
 
@@ -111,18 +139,27 @@ def run(seed: int, progress: OnProgress) -> Findings:
     setting = Setting()
     outcomes: dict[float, list[Outcome]] = {}
     for done, density in enumerate(DENSITIES):
-        progress(f"density {density:g}", done, len(DENSITIES))
+        progress(f"density {density:g}", done, len(DENSITIES) + 1)
         outcomes[density] = [train(setting, density, 1000 * seed + draw) for draw in range(DRAWS)]
+    progress(f"density {MEMORIZED:g}, {FEW_SAMPLES} samples", len(DENSITIES), len(DENSITIES) + 1)
+    few = replace(setting, samples=FEW_SAMPLES, steps=LONG)
+    by_heart = [train(few, MEMORIZED, 1000 * seed + draw) for draw in range(DRAWS)]
     data = {f"{density:g}": [vars(o) for o in found] for density, found in outcomes.items()}
+    data["by_heart"] = [vars(o) for o in by_heart]
     mean = {key: {p: _mean(o, key) for p, o in outcomes.items()} for key in vars(outcomes[1.0][0])}
-    return Findings(_claims(setting, mean), _exhibits(setting, mean), data)
+    learned = {key: _mean(by_heart, key) for key in mean}
+    return Findings(_claims(setting, mean, learned), _exhibits(setting, mean, learned), data)
 
 
 def _mean(outcomes: list[Outcome], key: str) -> float:
     return float(sum(vars(outcome)[key] for outcome in outcomes)) / len(outcomes)
 
 
-def _claims(setting: Setting, mean: dict[str, dict[float, float]]) -> tuple[Claim, ...]:
+Means = dict[str, dict[float, float]]
+"""Of each entry of an outcome, by density."""
+
+
+def _claims(setting: Setting, mean: Means, by_heart: dict[str, float]) -> tuple[Claim, ...]:
     paper = "Yang et al. 2023, abstract"
     mild = [p for p in DENSITIES if p >= 0.05]
     falling = [mean["test_loss"][p] for p in mild]
@@ -147,12 +184,22 @@ def _claims(setting: Setting, mean: dict[str, dict[float, float]]) -> tuple[Clai
             " > ".join(f"{value:.3f}" for value in falling),
             all(a > b for a, b in pairwise(falling)),
         ),
+        _claim_of_the_bound(mean, mild),
         Claim(
             "Beyond a large pruned fraction the network is no better than guessing.",
             paper,
             f"test loss at density {few:g} at least 0.9 log K = {0.9 * chance:.2f}",
             f"{mean['test_loss'][few]:.2f}, accuracy {mean['test_accuracy'][few]:.0%}",
             mean["test_loss"][few] > 0.9 * chance and mean["test_accuracy"][few] < 0.4,
+        ),
+        Claim(
+            "There is a large pruned fraction at which descent still drives the training loss to zero, by memorizing "
+            "noise, while the network is no better than guessing.",
+            paper,
+            f"at density {MEMORIZED:g} with {FEW_SAMPLES} samples: training loss under 0.01, test loss at least "
+            f"log K = {chance:.2f}, accuracy below 40 % (guessing: {1 / setting.classes:.0%})",
+            f"{by_heart['train_loss']:.2g}, {by_heart['test_loss']:.2f}, {by_heart['test_accuracy']:.0%}",
+            by_heart["train_loss"] < 0.01 and by_heart["test_loss"] >= chance and by_heart["test_accuracy"] < 0.4,
         ),
         Claim(
             "A signal survives with probability 1 - (1 - p)^m, which is where the threshold comes from.",
@@ -164,34 +211,55 @@ def _claims(setting: Setting, mean: dict[str, dict[float, float]]) -> tuple[Clai
     )
 
 
-def _exhibits(setting: Setting, mean: dict[str, dict[float, float]]) -> tuple[Exhibit, ...]:
+def _claim_of_the_bound(mean: Means, mild: list[float]) -> Claim:
+    bound = mean["error_bound"]
+    kept = all(bound[p] >= 1 - mean["test_accuracy"][p] for p in DENSITIES)
+    return Claim(
+        "Below it, the bound on the test error improves as the pruned fraction grows; beyond it, it says nothing.",
+        "Yang et al. 2023, abstract, for their bound; this one is derived",
+        f"falls from each density to the next smaller one down to {mild[-1]:g}, is 1 at {DENSITIES[-1]:g}, and is "
+        "never below the test error",
+        " > ".join(f"{bound[p]:.1g}" for p in mild) + f"; {bound[DENSITIES[-1]]:.2g} at {DENSITIES[-1]:g}",
+        all(bound[a] > bound[b] for a, b in pairwise(mild)) and bound[DENSITIES[-1]] == 1 and kept,
+    )
+
+
+def _exhibits(setting: Setting, mean: Means, by_heart: dict[str, float]) -> tuple[Exhibit, ...]:
     words = {"train_loss": "training loss", "test_loss": "test loss"}
     lines = {words[key]: [(100 * p, mean[key][p]) for p in DENSITIES] for key in words}
     lines["guessing (log K)"] = [(100 * p, math.log(setting.classes)) for p in (1.0, DENSITIES[-1])]
+    lines |= {f"{words[key]}, learned by heart": [(100 * MEMORIZED, by_heart[key])] for key in words}
     shares = {
-        "test accuracy": [(100 * p, 100 * mean["test_accuracy"][p]) for p in DENSITIES],
+        "test error": [(100 * p, 100 * (1 - mean["test_accuracy"][p])) for p in DENSITIES],
+        "bound on the test error": [(100 * p, 100 * mean["error_bound"][p]) for p in DENSITIES],
         "classes whose signal survives": [(100 * p, 100 * mean["survivors"][p]) for p in DENSITIES],
     }
+    columns = {f"{p:g}": {key: mean[key][p] for key in mean} for p in DENSITIES}
+    columns[f"{MEMORIZED:g}, by heart"] = by_heart
     rows = [
         (
-            f"{p:g}",
-            f"{mean['train_loss'][p]:.3f}",
-            f"{mean['test_loss'][p]:.3f}",
-            f"{100 * mean['test_accuracy'][p]:.1f}",
-            f"{100 * mean['survivors'][p]:.0f}",
+            name,
+            f"{of['train_loss']:.3f}",
+            f"{of['test_loss']:.3f}",
+            f"{100 * of['test_accuracy']:.1f}",
+            f"{100 * of['error_bound']:.2g}",
+            f"{100 * of['survivors']:.0f}",
         )
-        for p in DENSITIES
+        for name, of in columns.items()
     ]
     about = (
         f"{setting.classes} classes, {setting.inputs} inputs, {setting.neurons} neurons a class, {setting.samples} "
-        f"training samples, {setting.steps} steps of gradient descent, means over {DRAWS} networks."
+        f"training samples, {setting.steps} steps of gradient descent, means over {DRAWS} networks. Learned by heart: "
+        f"{FEW_SAMPLES} samples, {LONG} steps."
     )
-    head = ("density", "training loss", "test loss", "test accuracy (%)", "signals that survive (%)")
+    head = ("density", "training loss", "test loss", "test accuracy (%)", "bound on the error (%)", "signals left (%)")
     x_title, scale = "kept weights (%, log scale, fewer to the right)", {"log_x": True, "falling_x": True}
     return (
-        Exhibit("Loss", about, figure=lines_figure(lines, x_title, "cross-entropy (nats)", **scale)),
-        Exhibit("Accuracy and coverage", about, figure=lines_figure(shares, x_title, "share (%)", **scale)),
-        Exhibit("All figures", about, table=Table(head, rows, text_columns=())),
+        Exhibit("Loss", about, lines_figure(lines, x_title, "cross-entropy (nats)", **scale), claims=(0, 1, 3, 4)),
+        Exhibit(
+            "Error, its bound, and coverage", about, lines_figure(shares, x_title, "share (%)", **scale), claims=(2, 5)
+        ),
+        Exhibit("All figures", about, table=Table(head, rows)),
     )
 
 

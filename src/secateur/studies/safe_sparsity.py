@@ -149,15 +149,17 @@ def _exhibits(found: Found, estimates: Mapping[str, SafeSparsity]) -> tuple[Exhi
         {"log_x": True, "falling_x": True},
     )
     figures = [
-        lines_figure({name: [(m, mean(name, m, of)) for m in MULTIPLES] for name in found}, x_title, y_title, **scale)
-        for of, y_title in ((0, "training loss (nats)"), (1, "test accuracy"))
+        lines_figure(
+            {name: [(m, unit * mean(name, m, of)) for m in MULTIPLES] for name in found}, x_title, y_title, **scale
+        )
+        for of, unit, y_title in ((0, 1, "training loss (nats)"), (1, 100, "test accuracy (%)"))
     ]
     rows = [
         (f"{m:g}", *(f"{mean(name, m, 0):.3f}; {100 * mean(name, m, 1):.1f} %" for name in found)) for m in MULTIPLES
     ]
     return (
-        Exhibit("Training loss", about, figure=figures[0]),
-        Exhibit("Test accuracy", about, figure=figures[1]),
+        Exhibit("Training loss", about, figures[0], claims=(0, 2)),
+        Exhibit("Test accuracy", about, figures[1], claims=(1, 3)),
         Exhibit("Training loss; test accuracy", about, table=Table(("times the safe density", *found), rows)),
     )
 
