@@ -134,8 +134,8 @@ def test_a_study_writes_its_page_and_its_numbers(tmp_path):
         {"n": 2},
     )
     line, other = (findings.caption(exhibit) for exhibit in findings.exhibits)
-    assert line == "two is two (arithmetic) This holds.\nA caption."
-    assert "two is three (nobody) This does not hold." in other.splitlines()
+    assert line == "two is two (arithmetic): holds.\nA caption."
+    assert "two is three (nobody): does not hold." in other.splitlines()
     study = Study("twice", "Twice", "Is it?", "Nobody", lambda seed, progress: findings)
     assert not study.report(tmp_path / "new", 3, lambda *_: None).holds
     record = json.loads((tmp_path / "new" / "twice.json").read_text())

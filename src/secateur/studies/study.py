@@ -77,7 +77,8 @@ class Findings:
     def caption(self, exhibit: Exhibit) -> str:
         """Return the claims that an exhibit bears on, each with its source and its verdict, and then its caption."""
         claims = [self.claims[i] for i in exhibit.claims]
-        judged = [f"{c.statement} ({c.source}) {'This holds' if c.holds else 'This does not hold'}." for c in claims]
+        verdicts = ("holds" if claim.holds else "does not hold" for claim in claims)
+        judged = [f"{c.statement.rstrip('.')} ({c.source}): {v}." for c, v in zip(claims, verdicts, strict=True)]
         return "\n".join([*judged, exhibit.caption])
 
 
