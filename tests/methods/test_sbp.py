@@ -15,6 +15,7 @@ from secateur.core.slots import Scope
 from secateur.methods.sbp import Sbp
 from secateur.parts.granularity.weight import Weight
 from secateur.parts.repair.rescale import at_edge_of_chaos
+from secateur.tasks import find_task
 from secateur.tasks.networks import ResNet
 
 
@@ -127,6 +128,41 @@ def test_the_pruned_network_is_the_masked_initial_one_at_the_edge_of_chaos():
         assert float(after.detach().square().sum(1).mean()) == pytest.approx(2, rel=1e-5)
         ratio = (after / before)[mask]
         assert torch.allclose(ratio, ratio[0].expand_as(ratio)) and not after[~mask].any()
+
+
+def digits_learned(repair):
+    """Loss and accuracy on all training digits of a tanh perceptron of 32 layers at the edge, 90 % pruned by SNIP."""
+    split = find_task("digits").splits.train
+    x, y, sizes = split.inputs.flatten(1), split.targets, (576, *(31 * [100]), 10)
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # sigma_w = 1, sigma_b = 0: the edge of tanh
+        nn.init.zeros_(layer.bias)
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
+    options = {"method": "snip", "budget": sc.Budget(sparsity=0.9), "data": [(x, y)]}
+    found = sc.prune(model, x[:2], **options, **({"repair": repair} if repair else {}))
+    net = found.model
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    Masks(net, found.masks).attach(optimizer)
+    for _ in range(400):
+        some = torch.randint(len(x), (128,))
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[some]), y[some]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        output = net(x)
+    return float(F.cross_entropy(output, y)), float((output.argmax(1) == y).float().mean())
+
+
+@pytest.mark.slow
+def test_a_deep_perceptron_trains_only_if_it_is_rescaled():
+    """Specification C 5, iii, for tanh. Under ReLU, SNIP keeps paths of active units, and signals do not die out."""
+    loss, accuracy = digits_learned(None)
+    assert loss == pytest.approx(math.log(10), abs=0.01) and accuracy < 0.2
+    loss, accuracy = digits_learned({"name": "rescale", "sigma_w": 1.0})
+    assert loss < math.log(10) / 2 and accuracy > 0.5
 
 
 def test_in_a_loop_of_the_users_own():

@@ -242,7 +242,7 @@ def _exhibits(setting: Setting, mean: Means, by_heart: dict[str, float]) -> tupl
             f"{of['train_loss']:.3f}",
             f"{of['test_loss']:.3f}",
             f"{100 * of['test_accuracy']:.1f}",
-            f"{100 * of['error_bound']:.2g}",
+            f"{100 * of['error_bound']:.3g}",
             f"{100 * of['survivors']:.0f}",
         )
         for name, of in columns.items()
