@@ -189,7 +189,7 @@ class _Network:
 
     def jacobian(self, at: Weights) -> _Map:
         """Return the Jacobian of the outputs by the weights."""
-        output, pulled = torch.func.vjp(self.output, at)
+        output, pulled = torch.func.vjp(self.output, at)[:2]
         # The transpose of the transpose: it asks less of a model's operations than forward derivatives do.
         pushed = torch.func.vjp(lambda v: pulled(v)[0], torch.zeros_like(output))[1]
         return _Map(lambda w: pushed(w)[0], lambda v: pulled(v)[0])
@@ -206,7 +206,8 @@ def _singular_value(matrix: _Map, first: Tensor, *, largest: bool) -> float:
         largest: Or the smallest.
     """
     basis = (first / first.norm()).flatten()[None]
-    diagonal, beside = [], []
+    diagonal: list[float] = []
+    beside: list[float] = []
     while True:
         image = matrix.push(matrix.pull(basis[-1].view_as(first))).flatten()
         diagonal.append(float(basis[-1] @ image))
