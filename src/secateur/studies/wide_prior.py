@@ -110,7 +110,7 @@ def solve(given: Problems) -> Tensor:
             return torch.stack(losses)
         (slope,) = torch.autograd.grad(own.sum(), net.w)
         with torch.no_grad():
-            net.w -= STEP * slope * given.mask
+            net.w.sub_(STEP * slope * given.mask)
 
 
 def mean_gram(width: int, density: float, scale: float, seed: int) -> float:
