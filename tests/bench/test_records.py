@@ -23,7 +23,7 @@ def make_record(run, *, clean=True, commit="c0ffee", timed=True, status="ok", ac
         "metrics": {"accuracy": {"value": accuracy, "low": accuracy - 0.01, "high": accuracy + 0.01, "n": 600}},
         "dense_metric": 0.99,
         "before": SIZE,
-        "after": SIZE,
+        "after": {**SIZE, "params": SIZE["params"] // 2} if run.granularity == "channel" else SIZE,
         "file_bytes": 100,
         "reached": None if run.role == "dense" else 0.5,
         "sparsity": 0.0,

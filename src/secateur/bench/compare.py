@@ -328,7 +328,7 @@ def compare(
                 first = first or pruned
         except SecateurError as error:
             return Candidate(name, {}, None, None, str(error))
-        timed = timings(model, first, (engine,))[engine] if first and first.structure_plan.axes else None
+        timed = timings(model, first, (engine,))[engine] if first and first.structure_plan.smaller else None
         return Candidate(name, values, first, timed)
 
     candidates = [runs_of(name) for name in _names(methods, slots)]

@@ -231,7 +231,7 @@ def _measure_pruned(
         if not place.keep_networks:
             path.unlink()
     with watch("latency"):
-        latency = timings(dense, pruned, place.engines) if pruned.structure_plan.axes else {}
+        latency = timings(dense, pruned, place.engines) if pruned.structure_plan.smaller else {}
     after = Size(**pruned.after.as_dict())
     plan = pruned.structure_plan
     measured = Measured(

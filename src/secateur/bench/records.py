@@ -171,6 +171,11 @@ class Measured(Part):
     history: list[dict[str, float]]
     weights: str
 
+    @property
+    def smaller(self) -> bool:
+        """Whether the network is physically smaller; masks leave all parameters where they are."""
+        return self.after.params < self.before.params
+
 
 class Quantiles(Part):
     """Milliseconds of one call: median and 90th percentile of n calls."""

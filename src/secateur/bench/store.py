@@ -149,7 +149,7 @@ def own_reasons(record: Record, benchmark: Benchmark) -> tuple[str, ...]:
         reasons.append("made with changes that were not committed")
     if record.measured is None:
         reasons.append("failed")
-    elif rules.timed and run.granularity == "channel" and not record.machine.latency:
+    elif rules.timed and record.measured.smaller and not record.machine.latency:
         reasons.append("the compact network was not timed")
     return tuple(reasons)
 

@@ -58,7 +58,7 @@ class Row:
         """The mean share of the parameters without effect; None for networks that are smaller, where it is unknown."""
         if self.role == "dense":
             return None
-        known = [m.effective_sparsity for m in (r.measured for r in self.records) if m is not None and not m.widths]
+        known = [m.effective_sparsity for m in (r.measured for r in self.records) if m is not None and not m.smaller]
         shares = [share for share in known if share is not None]
         return interval(shares).mean if shares else None
 

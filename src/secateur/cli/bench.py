@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -195,22 +196,22 @@ def _show_rows(name: str, results: Path, against: str = AGAINST) -> None:
     if not records:
         raise InvalidFile(f"There are no records of {name} below {results}. Make them: secateur bench run {name}")
     rows = summarize(records, benchmark, controls)
-    table = Table("units", "budget", "rank", "arm", "accuracy", box=None, pad_edge=False)
-    for heading in ("MACs", "effective", "speedup", *controls, "official"):
-        table.add_column(heading, justify="left" if heading == "official" else "right")
-    last = None
+    masked = any(row.effective_sparsity is not None for row in rows)
+    for (units, budget), group in groupby(rows, key=lambda row: (row.granularity, row.budget)):
+        title = f"{units}, {budget}" if budget else benchmark.title
+        table = Table("arm", title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for heading in ("rank", "accuracy", "MACs", *(["effective"] if masked else []), "speedup", *controls):
+            table.add_column(heading, justify="right")
+        for row in group:
+            table.add_row(*_cells(row, benchmark, controls, masked))
+        console.print(table)
     for row in rows:
-        if last is not None and (row.granularity, row.budget) != last:
-            table.add_section()
-        last = row.granularity, row.budget
-        table.add_row(*_cells(row, next(iter(benchmark.engines), ""), controls))
-    console.print(table)
-    console.print(
-        "± 95 % over seeds (Student's t). "
-        f"{', '.join(controls)}: points above these at the same budget, paired by seed. "
-        "effective: parameters that masks set to zero or cut off from the output (effective sparsity).",
-        style="dim",
-    )
+        if not row.official:
+            label = " ".join(filter(None, (row.arm, row.granularity, row.budget)))
+            console.print(f"not official: {label}: {row.reasons[0]}", highlight=False, markup=False)
+    controls_words = f"{', '.join(controls)}: points above these at the same budget, paired by seed. "
+    effective = "effective: parameters that masks set to zero or cut off from the output (effective sparsity)."
+    console.print(f"± 95 % over seeds (Student's t). {controls_words}{effective if masked else ''}", style="dim")
 
 
 def _controls(benchmark: Benchmark, against: str) -> list[str]:
@@ -224,21 +225,19 @@ def _controls(benchmark: Benchmark, against: str) -> list[str]:
     return list(found)
 
 
-def _cells(row: Row, engine: str, controls: Sequence[str]) -> list[str]:
+def _cells(row: Row, benchmark: Benchmark, controls: Sequence[str], masked: bool) -> list[str]:
     if row.value is None:
-        return [row.granularity, row.budget, "", row.arm, "failed"]
-    speedup = row.speedup(engine)
+        return [row.arm, "", "failed"]
+    speedup = row.speedup(next(iter(benchmark.engines), ""))
+    effective = "" if row.effective_sparsity is None else f"{100 * row.effective_sparsity:.2f} %"
     return [
-        row.granularity,
-        row.budget,
-        "" if row.role == "dense" else str(row.rank),
         row.arm,
-        f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f} ({row.value.n})",
+        "" if row.role == "dense" else str(row.rank),
+        f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f}",
         f"{row.mean('effective_macs') / 1e6:.1f} M",
-        "" if row.effective_sparsity is None else f"{100 * row.effective_sparsity:.2f} %",
+        *([effective] if masked else []),
         f"{speedup.mean:.2f}x" if speedup else "",
         *(_points(row, control) for control in controls),
-        "yes" if row.official else row.reasons[0],
     ]
 
 

@@ -100,6 +100,11 @@ class Plan(BaseModel):
     gated: tuple[ConvolutionGate, ...] = ()
     note: str = ""
 
+    @property
+    def smaller(self) -> bool:
+        """Whether anything is physically gone."""
+        return bool(self.axes or self.dropped)
+
     def indices(self, tensor: str) -> tuple[Tensor | None, ...]:
         """Return, for each dim of a tensor, the indices that remain; None where all do."""
         if tensor not in self.tensors:
