@@ -1,13 +1,17 @@
 """The user's own pictures, with any timm network: what people with ImageNet run.
 
-``SECATEUR_IMAGEFOLDER`` names a folder with ``train/CLASS/*`` and ``val/CLASS/*``. The pictures of ``val`` are the test
-split, as the literature reports it; a tenth of ``train``, at most 50 pictures per class, is held out for every choice.
+``SECATEUR_IMAGEFOLDER`` names a folder with ``train/CLASS/*`` and ``val/CLASS/*``, or one that the library ``datasets``
+of Hugging Face saved to disk. The pictures of ``val`` (there: ``validation`` or ``test``) are the test split, as the
+literature reports it; a tenth of ``train``, at most 50 pictures per class, is held out for every choice. A saved
+dataset that has both ``validation`` and ``test`` is taken as it is split; a split without classes, like ImageNet's
+``test``, does not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from secateur.errors import DataUnavailable, UnknownName
 from secateur.optional import optional_import
 from secateur.parts.recovery.fine_tune import FineTune
+from secateur.tasks.saved_dataset import SavedSplit, is_saved, open_saved
 from secateur.tasks.task import SizedData, Split, Splits, Task
 from secateur.tasks.zoo import allow_torchvision
 from secateur.training.data import Augment
@@ -89,33 +94,72 @@ class FolderTask(Task):
         return model
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Pictures that lie together, with their classes."""
+
+    targets: Tensor
+    pictures: Callable[[bool], Any]
+
+    def split(self, chosen: Tensor | None = None) -> FolderSplit:
+        index = torch.arange(len(self.targets))
+        index = index if chosen is None else index[chosen]
+        return FolderSplit(index, self.targets[index], self.pictures)
+
+
 def load() -> Splits:
     """Return the splits of the folder that ``SECATEUR_IMAGEFOLDER`` names.
 
     Raises:
         DataUnavailable: It is not set, or lacks ``train`` or ``val``.
+        InvalidFile: It was saved by ``datasets``, which cannot read it.
     """
-    root = Path(os.environ.get(FOLDER_VARIABLE, ""))
-    if FOLDER_VARIABLE not in os.environ or not (root / "train").is_dir() or not (root / "val").is_dir():
-        raise DataUnavailable(
-            f"The task imagefolder needs pictures: set {FOLDER_VARIABLE} to a folder with train/CLASS and val/CLASS."
-        )
+    named = os.environ.get(FOLDER_VARIABLE)
     allow_torchvision()
+    if named and is_saved(Path(named)):
+        return _saved(Path(named))
+    if named and all((Path(named) / part).is_dir() for part in ("train", "val")):
+        return _folder(Path(named))
+    raise DataUnavailable(
+        f"The task imagefolder needs pictures: set {FOLDER_VARIABLE} to a folder with train/CLASS and val/CLASS, "
+        "or to one that a DatasetDict was saved to (save_to_disk)."
+    )
+
+
+def _folder(root: Path) -> FolderSplits:
     datasets: Any = optional_import("torchvision.datasets", "torchvision")
 
-    def pictures(part: str) -> Any:
-        return lambda augmented: datasets.ImageFolder(root / part, transform=_transform(augmented))
+    def part(name: str) -> _Part:
+        def pictures(augmented: bool) -> Any:
+            return datasets.ImageFolder(root / name, transform=_transform(augmented))
 
-    targets = torch.tensor(pictures("train")(False).targets)
-    held_out = _held_out(targets)
-    test = torch.tensor(pictures("val")(False).targets)
-    index = torch.arange(len(targets))
-    return FolderSplits(
-        FolderSplit(index[~held_out], targets[~held_out], pictures("train")),
-        FolderSplit(index[held_out], targets[held_out], pictures("train")),
-        FolderSplit(torch.arange(len(test)), test, pictures("val")),
-        _content(root),
-    )
+        return _Part(torch.tensor(pictures(False).targets), pictures)
+
+    return _held_out_splits(part("train"), part("val"), _folder_content(root))
+
+
+def _saved(root: Path) -> FolderSplits:
+    def part(split: SavedSplit) -> _Part:
+        return _Part(split.targets, lambda augmented: split.pictures(_transform(augmented)))
+
+    found = open_saved(root)
+    parts = {name: split for name in ("train", "validation", "test") if (split := found.get(name)) and split.is_labeled}
+    if "train" not in parts or len(parts) < 2:
+        raise DataUnavailable(
+            f"{root} has the splits {', '.join(found)}; with a class for every picture: {', '.join(parts) or 'none'}; "
+            "expected train, and validation or test."
+        )
+    train, *others = (part(split) for split in parts.values())
+    content = _saved_content(parts)
+    if len(others) == 1:
+        return _held_out_splits(train, others[0], content)
+    return FolderSplits(train.split(), others[0].split(), others[1].split(), content)
+
+
+def _held_out_splits(train: _Part, test: _Part, content: str) -> FolderSplits:
+    """Return the splits of data that are split in two."""
+    held_out = _held_out(train.targets)
+    return FolderSplits(train.split(~held_out), train.split(held_out), test.split(), content)
 
 
 def _held_out(targets: Tensor) -> Tensor:
@@ -140,12 +184,21 @@ def _transform(augmented: bool) -> Any:
     return transforms.Compose([*shape, transforms.ToTensor(), normalize])
 
 
-def _content(root: Path) -> str:
+def _folder_content(root: Path) -> str:
     digest = hashlib.sha256()
     for part in ("train", "val"):
         for path in sorted((root / part).rglob("*")):
             if path.is_file():
                 digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _saved_content(splits: dict[str, SavedSplit]) -> str:
+    digest = hashlib.sha256()
+    for name, split in splits.items():
+        digest.update(f"{name}\n".encode())
+        for line in split.lines():
+            digest.update(line.encode())
     return digest.hexdigest()[:16]
 
 
