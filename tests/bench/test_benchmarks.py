@@ -30,6 +30,18 @@ def test_every_benchmark_is_valid_and_of_the_data_that_its_task_has():
             assert benchmark.network in task.networks
 
 
+def test_every_figure_of_a_paper_stands_beside_a_run_that_is_planned():
+    figures = [(name, r.method, r.budget, r.value) for name in benchmark_names() for r in find_benchmark(name).reported]
+    assert figures == [
+        ("imagefolder/resnet50", "rigl", {"sparsity": sparsity}, value)
+        for sparsity, value in ((0.8, 0.7512), (0.9, 0.7307), (0.95, 0.7039))
+    ]
+    benchmark = find_benchmark("imagefolder/resnet50")
+    runs = plan(benchmark, "0" * 16, ["rigl"])
+    for figure in benchmark.reported:
+        assert {run.seed for run in runs if figure.is_about(run)} == set(benchmark.seeds) and "arXiv" in figure.source
+
+
 def write(folder, changes):
     content = yaml.safe_load(find_file().read_text())
     path = folder / "b.yaml"
