@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import random
 import resource
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -135,18 +138,59 @@ def test_whatever_is_killed_the_records_are_those_of_an_undisturbed_run(tmp_path
         assert not list((tmp_path / str(number)).rglob(".*"))  # half-written files are swept away
 
 
-def test_ray_gives_the_same_records_and_a_killed_worker_costs_only_its_job(tmp_path, undisturbed):
-    pytest.importorskip("ray")
-    runner = start(tmp_path, "--executor", "ray")
-    killed = 0
-    while runner.poll() is None and killed < 3:
-        time.sleep(0.1)  # a job is at work most of the time: look often enough to meet one
-        if len(snapshot(tmp_path)) > 3 * (killed + 1):
-            at_work = [p for p in descendants(runner.pid) if "ray::attempt" in command(p)]
-            if at_work:
-                kill(at_work[0])
-                killed += 1
-    assert runner.wait(1500) == 0 and killed == 3
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster of two workers that is there before the runner and after it; its address and its first process."""
+    pytest.importorskip("ray", reason="needs ray: pip install 'secateur[ray]'")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as Ray starts clusters, with a token of this test's own
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # not 15: on a busy machine they would wait for minutes
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets below it have at most 107 characters
+        call = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
+        call += ["--num-cpus=2", f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}"]
+        call += ["--include-dashboard=false", "--disable-usage-stats"]
+        head = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + 60
+            while not any("raylet/raylet" in command(p) for p in descendants(head.pid)):
+                assert head.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+            yield address, head.pid
+            assert head.poll() is None  # the runner has left the cluster as it was
+        finally:
+            below = descendants(head.pid)
+            head.terminate()
+            head.wait(60)
+            for process in below:
+                kill(process)
+
+
+def test_ray_gives_the_same_records_and_a_killed_worker_costs_only_its_job(tmp_path, undisturbed, cluster):
+    address, head = cluster
+    runner = start(tmp_path, "--executor", "ray", "--address", address)
+    killed, spared, before = [], [], {}
+
+    def nothing_else_was_lost():
+        assert before.items() <= snapshot(tmp_path).items()  # to the byte, and times are among them: none is made again
+        assert all("ray::" in command(process) for process in spared)
+
+    while runner.poll() is None and len(killed) < 3:
+        time.sleep(0.05)  # jobs are at work most of the time: look often enough to meet two
+        at_work = [process for process in descendants(head) if "ray::attempt" in command(process)]
+        if len(at_work) == 2 and len(snapshot(tmp_path)) > len(before) + 1:
+            nothing_else_was_lost()
+            before = snapshot(tmp_path)
+            victim, *spared = at_work
+            kill(victim)
+            killed.append(len(before))
+    while runner.poll() is None and len(snapshot(tmp_path)) == len(before):
+        time.sleep(0.05)
+    nothing_else_was_lost()
+    assert runner.wait(1500) == 0 and len(killed) == 3 and 0 < killed[0] < killed[2] < len(RUNS)
+    assert before.items() <= snapshot(tmp_path).items()
     assert finish(tmp_path) == undisturbed
 
 
