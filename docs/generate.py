@@ -173,13 +173,14 @@ def _masks(rows: list[Row], own: list[Row]) -> str:
         (
             f"`{found.row.arm}`, {budget_words(found.row.budget)}",
             percent(found.row.value),
-            *(f"{percent(found.checks[c].value)} ({_points(found.paired[c])})" for c in SANITY),
+            *(f"{percent(found.checks[c].value)} ({_points(found.paired.get(c))})" for c in SANITY),
         )
         for found in checked
     ]
     head = ("mask", "as it is (%)", "shuffled within layers (%)", "new weights under it (%)")
     words = "**Do masks hold more than how many weights each layer keeps?** " + " ".join(
-        _counted(what, [found.paired[check] for found in checked]) for check, what in CHECKED.items()
+        _counted(what, [found.paired[check] for found in checked if check in found.paired])
+        for check, what in CHECKED.items()
     )
     return f"{words}\n\n{markdown_table(head, lines)}"
 
@@ -189,6 +190,8 @@ CHECKED = {"shuffled": "With its mask shuffled within layers", "fresh": "With ne
 
 def _counted(what: str, differences: list[Paired]) -> str:
     """Return in words how many methods end lower, higher, or not told apart."""
+    if not differences:
+        return ""
     found = Counter(difference.verdict for difference in differences)
     words = {"worse": "end{s} lower", "undecided": "{are} not told apart", "better": "end{s} **higher**"}
     parts = [
@@ -199,7 +202,9 @@ def _counted(what: str, differences: list[Paired]) -> str:
     return f"{what}, of {len(differences)} mask{'s' * (len(differences) != 1)} {', '.join(parts)}."
 
 
-def _points(difference: Paired) -> str:
+def _points(difference: Paired | None) -> str:
+    if difference is None:
+        return "trained for another time"
     return f"{100 * difference.difference.mean:+.2f}, {difference.verdict}"
 
 

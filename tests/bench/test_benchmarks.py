@@ -185,6 +185,9 @@ def test_sanity_checks_of_a_method_are_controls_with_its_own_mask(tmp_path):
         assert fresh.but(weights_from=plain[name].weights_from, recovery=plain[name].recovery) == plain[name]
     tickets = plan(find_benchmark("fashion-mnist/resnet8-from-init"), "0" * 16, ["lottery-4-rounds+fresh"], seeds=[0])
     assert Recipe(**tickets[-1].recipe).weights_from == FreshAtLast(earlier="init")  # the ticket's own mask
+    content["variants"] = {"rounds": {"method": "magnitude", "slots": {"schedule": {"name": "iterative", "span": 0}}}}
+    rounds = plan(read_benchmark(write(tmp_path, content)), "0" * 16, ["rounds+fresh"], seeds=[0])
+    assert Recipe(**rounds[-1].recipe).weights_from == FreshAtLast(earlier="same")  # each cut scores what the last left
     asked = plan(find_benchmark("digits/resnet8"), "0" * 16, ["magnitude+fresh"], [parse_budget("sparsity=0.9")], [0])
     assert [run.label for run in asked] == ["dense seed 0", "magnitude+fresh weight sparsity=0.9 seed 0"]
     with pytest.raises(InvalidRecipe, match="sanity must name budgets"):

@@ -106,6 +106,13 @@ def test_a_mask_is_judged_by_what_its_sanity_checks_lose_and_only_when_both_have
     assert shuffled.difference.mean == pytest.approx(-0.05) and shuffled.verdict == "worse"
     assert fresh.difference.mean == pytest.approx(0.02) and fresh.verdict == "better"
     assert found[0].checks["fresh"].value.mean == pytest.approx(0.921)
+    for i, record in enumerate(records):
+        if record.run.arm == "snip+fresh":
+            training = record.measured.training.model_copy(update={"steps": 100})
+            records[i] = record.model_copy(
+                update={"measured": record.measured.model_copy(update={"training": training})}
+            )
+    assert check_masks(summarize(records, BENCHMARK))[0].paired.keys() == {"shuffled"}  # more training, other figures
 
 
 def test_a_claim_is_about_arms_that_the_benchmark_has():

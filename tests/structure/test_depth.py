@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InvalidFile, PlanMismatch
+from secateur.errors import InvalidFile, NothingPrunable, PlanMismatch
 from secateur.structure.carry import Companions, cut_in_place
 from secateur.structure.dropped import Dropped
 from secateur.structure.inputs import relative_error
@@ -100,6 +100,32 @@ def test_a_branch_beside_a_projection_is_one_that_stays():
     stay = [branch for branch in structure.branches if not branch.prunable]
     assert [branch.gate[0] for branch in stay] == ["blocks.3.bn2.weight", "blocks.6.bn2.weight"]
     assert all("projection" in structure.reasons[branch.name] and branch.macs > 0 for branch in stay)
+
+
+def test_a_projected_sum_within_a_branch_or_around_one_is_no_branch_of_its_own():
+    class LowRank(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.base, self.a, self.b, self.inner = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 6), inner
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.inner(self.a(x)))
+
+    class Residual(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.Sequential(*layers)
+
+        def forward(self, x):
+            return x + self.layers(x)
+
+    within = nn.Sequential(Residual(LowRank(nn.ReLU()), nn.ReLU(), LowRank(nn.ReLU())), nn.Linear(6, 3)).eval()
+    assert [b.name for b in sc.trace(within, torch.randn(2, 6)).branches] == ["0.layers"]
+    around = nn.Sequential(LowRank(Residual(nn.Linear(2, 2))), nn.Linear(6, 3)).eval()
+    assert [b.name for b in sc.trace(around, torch.randn(2, 6)).branches] == ["0.inner.layers"]
+    alone = nn.Sequential(LowRank(nn.ReLU()), nn.Linear(6, 3)).eval()
+    with pytest.raises(NothingPrunable, match="a branch whose shortcut is a projection stays"):
+        sc.prune(alone, torch.randn(2, 6), method="random", granularity="depth", budget=sc.Budget(macs=0.5))
 
 
 def test_a_wrong_drop_is_noticed():

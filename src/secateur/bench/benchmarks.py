@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, fie
 from secateur.bench.records import Reported, Run
 from secateur.core import registry
 from secateur.core.budget import Budget
+from secateur.core.early_bird import EarlyBird
 from secateur.core.method import method
 from secateur.core.recipe import FreshAtLast, Recipe
 from secateur.core.slots import Granularity, Recovery, Scope
@@ -382,9 +383,11 @@ def _recipe(benchmark: Benchmark, ladder: Ladder, arm: str) -> Recipe | None:
 
 
 def _with_fresh_weights(recipe: Recipe) -> Recipe:
-    """Return the recipe with new weights under its last mask; those that training has found until then stay."""
-    between = any(level.at > 0 for level in recipe.schedule.levels(0.5)[1:])
-    return recipe.but(weights_from=FreshAtLast(earlier=recipe.weights_after(last=False)) if between else "fresh")
+    """Return the recipe with new weights under its last mask, which is found as it would be without them."""
+    scores_live = recipe.mask_from == "end" or isinstance(recipe.mask_from, EarlyBird)
+    if scores_live and len(recipe.schedule.levels(0.5)) > 1:  # weights after a cut have a part in the next one
+        return recipe.but(weights_from=FreshAtLast(earlier=recipe.weights_after(last=False)))
+    return recipe.but(weights_from="fresh")
 
 
 def budget_label(budget: Budget) -> str:

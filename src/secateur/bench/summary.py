@@ -139,7 +139,7 @@ class MaskChecked:
     Attributes:
         row: The method as it is.
         checks: The same with its mask shuffled, or with new weights under it, by the check (`SANITY`).
-        paired: How much higher these are, seed by seed.
+        paired: How much higher these are, seed by seed; only for checks that were trained as long as the method.
     """
 
     row: Row
@@ -154,11 +154,17 @@ def check_masks(rows: Iterable[Row]) -> list[MaskChecked]:
     for (granularity, budget, arm), row in by_setting.items():
         names = {check: (granularity, budget, f"{arm}+{check}") for check in SANITY}
         checks = {check: by_setting[name] for check, name in names.items() if name in by_setting}
-        found = {check: paired(_by_seed(other.records), _by_seed(row.records)) for check, other in checks.items()}
+        fair = {check: other for check, other in checks.items() if _trained_alike(row, other)}
+        found = {check: paired(_by_seed(other.records), _by_seed(row.records)) for check, other in fair.items()}
         differences = {check: difference for check, difference in found.items() if difference is not None}
-        if len(differences) == len(SANITY):
+        if len(checks) == len(SANITY):
             checked.append(MaskChecked(row, checks, differences))
     return checked
+
+
+def _trained_alike(row: Row, other: Row) -> bool:
+    shorter, longer = sorted((_steps(row.records), _steps(other.records)))
+    return shorter >= ROUNDING * longer
 
 
 def fronts(rows: Iterable[Row], quantity: str = "macs") -> dict[tuple[str, str], float]:

@@ -285,7 +285,10 @@ def _check_reachable(units: Units, budget: Budget, cost: Cost, target: float, de
     Raises:
         BudgetUnreachable: It is not; names the nearest budget.
     """
-    smallest = cost(fewest(units.counts(), units.limits))
+    least = fewest(units.counts(), units.limits)
+    if units.one_must_stay and not any(least.values()):
+        least[min(least, key=lambda group: cost({**least, group: 1}))] = 1
+    smallest = cost(least)
     if smallest > target * (1 + budget.tolerance):
         raise BudgetUnreachable(
             f"The budget of {budget} cannot be met: the smallest network that can be reached costs {smallest:,.6g} of "
@@ -300,7 +303,7 @@ def _begins_at_init(recipe: Recipe, levels: Sequence[Level]) -> bool:
     It can if all training comes after the beginning, or if the recipe wants nothing of a trained network. Otherwise the
     given network is a trained one, and rewinding it to itself would do nothing.
     """
-    return levels[0].at > 0 or (recipe.mask_from == "init" and recipe.weights_from == "init")
+    return levels[0].at > 0 or (recipe.mask_from == "init" and recipe.weights_after(last=False) == "init")
 
 
 def _copied_state(units: Units) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class Units(ABC):
     model: nn.Module
     inputs: Call
     limits: Limits
+    one_must_stay: ClassVar[bool] = False
+    """Whether one unit must stay at least, wherever: nobody means masks that zero everything."""
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import prod
@@ -48,7 +48,7 @@ class Branch:
     leaf: Dim = field(repr=False, compare=False)
 
 
-BESIDE_A_PROJECTION = "its shortcut is a projection, so that its sum has another shape than what it reads"
+BESIDE_A_PROJECTION = "a branch whose shortcut is a projection stays: without it the projection alone would be left"
 
 Computed = tuple[Addition, tuple[ModuleCall, ...]]
 """The addition of a branch, and the calls of the modules that compute the branch."""
@@ -57,26 +57,35 @@ Computed = tuple[Addition, tuple[ModuleCall, ...]]
 def find_branches(model: nn.Module, tracer: Tracer) -> tuple[Branch, ...]:
     """Return the residual branches in order, and let the additions be sites where they are consumed."""
     runs = _Runs(model, tracer.history)
-    found = [(addition, runs.computing(addition)) for addition in residual_additions(tracer)]
+    droppable = _blocks(residual_additions(tracer), runs, tracer.history)
+    inside = [call for _, calls in droppable for call in calls]
+    beside = [
+        (addition, calls)
+        for addition, calls in _blocks(projected_additions(tracer), runs, tracer.history)
+        if not _meet(tracer.history, [(addition, calls)], inside) and not _meet(tracer.history, droppable, calls)
+    ]
     branches: dict[int, Branch] = {}
     caches: list[Any] = []
-    for addition, calls in _disjoint([each for each in found if each[1]], tracer.history):
+    for addition, calls in droppable:
         branch = _branch(runs.modules, tracer, calls, _obstacle(calls, caches))
         operation = tracer.history.values[addition.total].operation
         tracer.sites[operation].append(Site(addition.argument, 0, branch.leaf))
         branches[operation] = branch
-    return tuple(branch for _, branch in sorted({**branches, **_beside_projections(tracer, runs, branches)}.items()))
+    for addition, calls in beside:
+        operation = tracer.history.values[addition.total].operation
+        branches[operation] = _branch(runs.modules, tracer, calls, BESIDE_A_PROJECTION)
+    return tuple(branches[operation] for operation in sorted(branches))
 
 
-def _beside_projections(tracer: Tracer, runs: _Runs, others: Collection[int]) -> dict[int, Branch]:
-    """Return the branches whose shortcut is a projection, by their sums: they stay, and hold none of the `others`."""
-    found = {}
-    for addition in projected_additions(tracer):
-        calls = runs.computing(addition)
-        if calls and not any(call.start <= operation < call.stop for call in calls for operation in others):
-            operation = tracer.history.values[addition.total].operation
-            found[operation] = _branch(runs.modules, tracer, calls, BESIDE_A_PROJECTION)
-    return found
+def _blocks(additions: Sequence[Addition], runs: _Runs, history: History) -> list[Computed]:
+    found = [(addition, runs.computing(addition)) for addition in additions]
+    return _disjoint([each for each in found if each[1]], history)
+
+
+def _meet(history: History, sums: Sequence[Computed], calls: Sequence[ModuleCall]) -> bool:
+    """Return whether one of the sums happens within one of the calls."""
+    operations = [history.values[addition.total].operation for addition, _ in sums]
+    return any(call.start <= operation < call.stop for call in calls for operation in operations)
 
 
 def _disjoint(found: Sequence[Computed], history: History) -> list[Computed]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from secateur.core.masks import Masks
 from secateur.core.slots import Scope
 from secateur.core.units import Kept, Limits, Scores, Units
-from secateur.errors import BudgetUnreachable
 from secateur.structure.inputs import Inputs
 
 
@@ -22,6 +21,7 @@ class MaskedUnits(Units):
     """
 
     limits = Limits()
+    one_must_stay = True
 
     def __init__(self, model: nn.Module, inputs: Inputs, scope: Scope, biases: bool) -> None:
         self.model = model
@@ -76,17 +76,7 @@ class MaskedUnits(Units):
         return {group: int(kept.count_nonzero()) for group, kept in found.items()}
 
     def keep(self, kept: Kept) -> bool:
-        """Zero all other units.
-
-        Raises:
-            BudgetUnreachable: No unit would stay, which is never meant; a single tensor may lose all of its units.
-        """
-        if not any(bool(mask.any()) for mask in kept.values()):
-            n = sum(mask.numel() for mask in kept.values())
-            raise BudgetUnreachable(
-                f"The budget keeps none of the {n:,} units in scope, so that all weights there would be zero. Ask for "
-                f"less: with one unit left the sparsity is {1 - 1 / n:.6f}."
-            )
+        """Zero all other units."""
         self.masks = {
             name: self.entries(name, kept).to(parameter.device, copy=True)
             for name, parameter in self._parameters.items()
