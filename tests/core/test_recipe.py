@@ -60,6 +60,7 @@ def test_the_hash_is_stable_and_sees_every_setting_and_version(monkeypatch):
         ({"criterion": "taylor", "schedule": {"name": "iterative", "steps": 0}}, "schedule: Iterative: steps: .*got 0"),
         ({"criterion": 3}, "takes a name, or a mapping"),
         ({"criterion": "taylor", "mask_from": "yesterday"}, "mask_from"),
+        ({"criterion": "taylor", "weights_from": "fresh-at-last"}, "FreshAtLast: earlier: Field required"),
         ({"criterion": "taylor", "granularity": "atom"}, "Unknown granularity 'atom'.*Known: block, channel, .*weight"),
         ({}, "criterion: Field required"),
     ],

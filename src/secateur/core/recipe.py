@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, NonNegativeInt, SerializeAsAny
@@ -32,8 +33,16 @@ class FreshAtLast(Value):
     name: Literal["fresh-at-last"] = "fresh-at-last"
     earlier: WeightsAfterCut
 
+    @classmethod
+    def parse(cls, source: Any) -> Any:
+        """Return one from its name or from a mapping with its name and settings; all else as it is."""
+        settings = {"name": source} if isinstance(source, str) else source
+        if isinstance(settings, Mapping) and settings.get("name") == cls.model_fields["name"].default:
+            return cls(**settings)
+        return source
 
-WeightSource = WeightsAfterCut | FreshAtLast
+
+WeightSource = Annotated[WeightsAfterCut | FreshAtLast, BeforeValidator(FreshAtLast.parse)]
 """The same after each cut, or another answer after the last one."""
 
 
