@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import socket
 import threading
 import urllib.request
 from html.parser import HTMLParser
@@ -20,8 +21,10 @@ from secateur.bench.site.build import build_site, slots_of
 from secateur.bench.site.serve import Site
 from secateur.bench.store import Store
 from secateur.bench.summary import summarize
+from secateur.cli import leaderboard
 from secateur.core.method import method
 from secateur.core.registry import cards
+from secateur.errors import InvalidFile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.testing.records import CODE, record, records
 
@@ -52,6 +55,11 @@ class Links(HTMLParser):
         self.found |= {values[key] for key in ("href", "src") if values.get(key)}
 
 
+def stamp_of(text):
+    found = re.search('<meta name="stamp" content="(.+?)">', text)
+    return found and found.group(1)
+
+
 def board_of(page):
     text = re.search(r'id="board">(.*?)</script>', page.read_text(), re.S).group(1)
     return json.loads(text)
@@ -67,7 +75,7 @@ def test_every_page_is_written_and_every_link_leads_somewhere(store, tmp_path):
         *(f"methods/{name}.html" for name in cards()),
     }
     for page in out.rglob("*.html"):
-        assert "assets/live.js" in page.read_text()
+        assert "assets/live.js" in page.read_text() and stamp_of(page.read_text()) is None  # nobody serves them
         for link in Links(page.read_text()).found:
             if not link.startswith(("http", "#", "data:")):
                 assert (page.parent / link.partition("#")[0]).is_file(), f"{page}: {link}"
@@ -208,6 +216,7 @@ def test_slots_in_words():
 def test_served_pages_follow_the_records(store, tmp_path):
     counts, addresses, ready = [], [], threading.Event()
     site = Site(store, tmp_path / "site", counts.append, pytest.fail)
+    site.refresh()
 
     def on_address(address):
         addresses.append(address)
@@ -218,15 +227,43 @@ def test_served_pages_follow_the_records(store, tmp_path):
     try:
         assert ready.wait(60)
         page = urllib.request.urlopen(addresses[0] + "index.html")
-        assert "ResNet-8 on handwritten digits" in page.read().decode() and page.headers["Cache-Control"] == "no-store"
-        assert urllib.request.urlopen(addresses[0] + "built").read() == b"1" and site.refresh() is False
+        text = page.read().decode()
+        assert "ResNet-8 on handwritten digits" in text and page.headers["Cache-Control"] == "no-store"
+        first = urllib.request.urlopen(addresses[0] + "built").read().decode()
+        assert first and stamp_of(text) == first and site.refresh() is False
         store.path(RUNS[0]).unlink()
         assert site.refresh() is True and counts == [len(RUNS), len(RUNS) - 1]
-        assert urllib.request.urlopen(addresses[0] + "built").read() == b"2"
+        last = urllib.request.urlopen(addresses[0] + "built").read().decode()
+        assert last != first and {stamp_of(page.read_text()) for page in site.out.rglob("*.html")} == {last}
     finally:
         site.stop()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_server_started_anew_does_not_pass_for_the_last_one(store, tmp_path):
+    stamps = set()
+    for _ in range(2):
+        site = Site(store, tmp_path / "site", lambda records: None, pytest.fail)
+        site.refresh()
+        stamps.add(site.stamp)
+    assert len(stamps) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidFile, match="Cannot build the pages in .*file/site: .*Not a directory"):
+        build_site(store, tmp_path / "file/site")
+
+
+def test_the_command_line_does_not_blame_the_port_for_the_folder(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidFile, match="Cannot build the pages in"):
+        leaderboard.serve(store.folder, tmp_path / "file/site", port=0, browser=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidFile, match=f"Cannot serve on port {port}: Address already in use"):
+            leaderboard.serve(store.folder, tmp_path / "site", port=port, browser=False)
 
 
 def test_half_written_and_vanished_files_are_no_news(store, tmp_path, monkeypatch):
@@ -243,24 +280,25 @@ def test_half_written_and_vanished_files_are_no_news(store, tmp_path, monkeypatc
 
 def test_a_failed_build_is_told_once_and_tried_again(store, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "SECONDS", 0.01)
-    builds, problems, tries, recovered = [], [], iter(["disk", "disk", "rights"]), threading.Event()
+    builds, problems, recovered, ended = [], [], threading.Event(), []
+    tries = iter([InvalidFile("disk"), InvalidFile("disk"), ValueError("bad value")])
 
-    def broken(store, out):
+    def broken(*arguments):
         if (problem := next(tries, None)) is None:
-            return build_site(store, out)
-        raise OSError(problem)
+            return build_site(*arguments)
+        raise problem
 
     site = Site(store, tmp_path / "site", lambda n: (builds.append(n), recovered.set()), problems.append)
     site.refresh()
     recovered.clear()
     monkeypatch.setattr(serve, "build_site", broken)
     store.path(RUNS[0]).unlink()
-    thread = threading.Thread(target=site._watch, args=(SimpleNamespace(shutdown=lambda: None),))
+    thread = threading.Thread(target=site._watch, args=(SimpleNamespace(shutdown=lambda: ended.append(True)),))
     thread.start()
     assert recovered.wait(60)
     site.stop()
     thread.join(20)
-    assert problems == ["disk", "rights"] and builds == [len(RUNS), len(RUNS) - 1]
+    assert ended and problems == ["disk", "ValueError: bad value"] and builds == [len(RUNS), len(RUNS) - 1]
 
 
 def test_the_method_that_the_guide_shows_works(store, tmp_path, monkeypatch):

@@ -195,6 +195,17 @@ def test_the_front_of_the_chosen_axis_is_drawn(opened, axis, sign):
         assert fronts(driver).keys() == {units}
 
 
+def test_methods_that_are_not_drawn_count_for_the_front(opened):
+    driver = opened(BOARD)
+    driver.execute_script(  # the best point is that of the method of worst rank
+        "const data = JSON.parse(document.getElementById('board').textContent);"
+        "const line = data.lines.find((line) => line.role === 'method' && line.x.macs === 25);"
+        "for (const own of data.lines.filter((other) => other.arm === line.arm)) own.rank = 1000;"
+        "line.arm = 'unseen'; line.value[0] = 99.9; new Board(data);"
+    )
+    assert "unseen" not in {name for name, _, _ in traces(driver)} and (25, 99.9) in fronts(driver)["channel"]
+
+
 def test_a_point_opens_its_line_the_line_its_record_and_the_record_its_command(opened):
     driver = opened(BOARD)
     driver.find_element("name", "search").send_keys("taylor")
@@ -232,6 +243,7 @@ def test_an_open_page_follows_the_records(browser, tmp_path, monkeypatch):
     store.publish(first)
     address = queue.Queue()
     site = serve.Site(store, tmp_path / "site", lambda count: None, pytest.fail)
+    site.refresh()
     thread = threading.Thread(target=site.serve, args=(0, address.put))
     thread.start()
     wait = waiting.WebDriverWait(

@@ -64,8 +64,9 @@ def serve(
     def on_problem(problem: str) -> None:
         messages.print(f"The pages could not be built anew: {problem}", highlight=False, markup=False)
 
+    site = Site(Store(results), out, on_build, on_problem)
+    site.refresh()
     try:
-        site = Site(Store(results), out, on_build, on_problem)
         site.serve(port, on_address)
     except OSError as error:
         raise InvalidFile(f"Cannot serve on port {port}: {error.strerror}. Choose another with --port.") from error

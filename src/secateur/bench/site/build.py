@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from secateur.bench.summary import Checked, check_claims, fronts, summarize
 from secateur.core.method import method, methods
 from secateur.core.recipe import Recipe
 from secateur.core.registry import Card
+from secateur.errors import InvalidFile
 
 STATIC = ("site.css", "live.js", "board.js", "record.js")
 
@@ -64,16 +65,24 @@ class Board:
         return sum(line["official"] for line in self.entries)
 
 
-def build_site(store: Store, out: Path) -> list[Board]:
+def build_site(store: Store, out: Path, stamp: str = "") -> list[Board]:
     """Write the site of all records into the folder `out`, which is made if it is missing; returns the boards.
 
     The same records give the same files. Pages of benchmarks and methods that no longer exist are deleted.
 
+    Args:
+        store: The records.
+        out: Folder of the pages.
+        stamp: Written into each page, which asks a server at /built for it and loads anew when it is another one.
+
     Raises:
-        OSError: The folder cannot be written to.
+        InvalidFile: The folder cannot be written to.
     """
-    with _uncollected():
-        return _build(store, out)
+    try:
+        with _uncollected():
+            return _build(store, out, stamp)
+    except OSError as error:
+        raise InvalidFile(f"Cannot build the pages in {out}: {error}. Make it writable, or name another.") from error
 
 
 @contextmanager
@@ -88,21 +97,23 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _build(store: Store, out: Path) -> list[Board]:
+def _build(store: Store, out: Path, stamp: str) -> list[Board]:
     boards = [_board(find_benchmark(name), store) for name in benchmark_names()]
     boards = [board for board in boards if board.records or board.refused]
     cards = methods()
     answers = [(card, slots_of(method(card.name).recipe)) for card in cards]
+    render = partial(_render, stamp=stamp)
     files = {
-        "index.html": _render("index.html.j2", "", boards=boards),
-        "record.html": _render("record.html.j2", ""),
-        "framework.html": _render("framework.html.j2", "", methods=answers),
-        "add-a-method.html": _render("add_a_method.html.j2", ""),
+        "index.html": render("index.html.j2", "", boards=boards),
+        "record.html": render("record.html.j2", ""),
+        "framework.html": render("framework.html.j2", "", methods=answers),
+        "add-a-method.html": render("add_a_method.html.j2", ""),
     }
     for board in boards:
-        files[f"benchmarks/{board.slug}.html"] = _render("benchmark.html.j2", "../", board=board)
+        files[f"benchmarks/{board.slug}.html"] = render("benchmark.html.j2", "../", board=board)
     for card, slots in answers:
-        files[f"methods/{card.name}.html"] = _method_page(card, slots, boards)
+        values = {"card": card, "text": _card_html(card), "slots": slots, "lines": _lines_of(card, boards)}
+        files[f"methods/{card.name}.html"] = render("method.html.j2", "../", **values)
     for name in STATIC:
         files[f"assets/{name}"] = (resources.files("secateur.bench.site") / "static" / name).read_text("utf-8")
     files["assets/plotly.min.js"] = plotly_offline.get_plotlyjs()
@@ -159,16 +170,8 @@ def slots_of(recipe: Recipe) -> dict[str, str]:
     return words
 
 
-def _method_page(card: Card, slots: dict[str, str], boards: Iterable[Board]) -> str:
-    lines = [(board, line) for board in boards for line in board.entries if line["page"] == card.name and line["value"]]
-    return _render(
-        "method.html.j2",
-        "../",
-        card=card,
-        text=_card_html(card),
-        slots=slots,
-        lines=lines,
-    )
+def _lines_of(card: Card, boards: Iterable[Board]) -> list[tuple[Board, dict[str, Any]]]:
+    return [(board, line) for board in boards for line in board.entries if line["page"] == card.name and line["value"]]
 
 
 def _card_html(card: Card) -> Markup:
@@ -188,8 +191,8 @@ def _templates() -> Environment:
     return templates
 
 
-def _render(template: str, root: str, **values: Any) -> str:
-    return _templates().get_template(template).render(root=root, **values)
+def _render(template: str, root: str, stamp: str, **values: Any) -> str:
+    return _templates().get_template(template).render(root=root, stamp=stamp, **values)
 
 
 def _delete_others(out: Path, files: Collection[str]) -> None:

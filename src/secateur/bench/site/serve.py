@@ -9,6 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from secateur.bench.site.build import build_site
 from secateur.bench.store import Store
@@ -21,6 +22,8 @@ SECONDS = 2.0
 class Site:
     """The built pages, kept up to date while they are served.
 
+    Each build has a stamp of its own, which stands in its pages too: an open page that has another one is out of date.
+
     Args:
         store: The records.
         out: Folder of the pages.
@@ -32,7 +35,7 @@ class Site:
         self, store: Store, out: Path, on_build: Callable[[int], None], on_problem: Callable[[str], None]
     ) -> None:
         self.store, self.out, self.on_build, self.on_problem = store, out, on_build, on_problem
-        self.builds = 0
+        self.stamp = ""
         self._seen: object = None
         self._stop = threading.Event()
 
@@ -41,19 +44,18 @@ class Site:
         files = dict(self._files())
         if files == self._seen:
             return False
-        boards = build_site(self.store, self.out)
-        self._seen = files
-        self.builds += 1
+        stamp = uuid4().hex
+        boards = build_site(self.store, self.out, stamp)
+        self._seen, self.stamp = files, stamp
         self.on_build(sum(len(board.records) for board in boards))
         return True
 
     def serve(self, port: int, on_address: Callable[[str], None]) -> None:
-        """Serve on 127.0.0.1 until `stop` or an interrupt; port 0 takes a free one.
+        """Serve what `refresh` built, and build it anew, on 127.0.0.1 until `stop` or an interrupt; port 0: a free one.
 
         Raises:
             OSError: The port is taken.
         """
-        self.refresh()
         with ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, site=self, directory=str(self.out))) as server:
             on_address(f"http://127.0.0.1:{server.server_address[1]}/")
             threading.Thread(target=self._watch, args=(server,), daemon=True).start()
@@ -75,19 +77,22 @@ class Site:
 
     def _watch(self, server: ThreadingHTTPServer) -> None:
         problem = ""
-        while not self._stop.wait(SECONDS):
-            try:
-                self.refresh()
-                problem = ""
-            except (OSError, SecateurError) as error:
-                if str(error) != problem:  # one that lasts is told once
-                    problem = str(error)
-                    self.on_problem(problem)
-        server.shutdown()
+        try:
+            while not self._stop.wait(SECONDS):
+                try:
+                    self.refresh()
+                    problem = ""
+                except Exception as error:  # a thread that ended would leave the pages as they are, and nobody knew
+                    words = str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+                    if words != problem:  # one that lasts is told once
+                        problem = words
+                        self.on_problem(problem)
+        finally:
+            server.shutdown()
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Serves files, and at /built how many times they were built, so that open pages know when to reload."""
+    """Serves files, and at /built the stamp of the last build, so that open pages know when to reload."""
 
     def __init__(self, *args: Any, site: Site, **kwargs: Any) -> None:
         self.site = site
@@ -96,7 +101,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/built":
             return super().do_GET()
-        body = str(self.site.builds).encode()
+        body = self.site.stamp.encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/plain")
         self.send_header("Content-Length", str(len(body)))
