@@ -256,12 +256,12 @@ def cost_words(method: str) -> str:
     """Return what a method costs beside plain training, and its scores on ResNet-50, measured."""
     record = read("benchmarks/method_costs.json")
     cost = record["methods"][method]
+    epochs = f"{cost['passes']:g} epoch{'' if cost['passes'] == 1 else 's'}"
     small = (
-        f"Measured on {record['network']}, relative to an epoch of plain training "
-        f"(`python -m benchmarks.method_costs`): its scores send {cost['passes']:g} times the samples of an epoch "
-        f"through the network and take {cost['score_per_epoch']:.2f} times its time and {cost['score_memory']:.2f} "
-        "times its memory; one epoch of recovery, with all that the method does in it, takes "
-        f"{cost['training_time']:.2f} times the time and {cost['training_memory']:.2f} times the memory."
+        f"Measured on {record['network']} (`python -m benchmarks.method_costs`): scoring sends the samples of {epochs} "
+        f"through the network and takes {cost['score_per_epoch']:.2f} times the time and {cost['score_memory']:.2f} "
+        "times the memory of an epoch of plain training; an epoch of recovery, with all that the method does in it, "
+        f"takes {cost['training_time']:.2f} times the time and {cost['training_memory']:.2f} times the memory."
     )
     return "\n\n".join(filter(None, (small, _large_cost_words(method))))
 

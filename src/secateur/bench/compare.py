@@ -129,7 +129,7 @@ class Comparison:
         verdicts = {c.method: self.against(c.method, BASELINE).verdict for c in self.ranked}
         better, worse = ([name for name, v in verdicts.items() if v == sought] for sought in ("better", "worse"))
         if better:
-            words = f"Not decidedly better than random pruning here, as {', '.join(better)} is"
+            words = f"{self.best.method} is not decidedly better than random pruning here; decidedly better: {', '.join(better)}"
         else:
             words = "No method is decidedly better than random pruning here"
         if worse:

@@ -135,8 +135,8 @@ def collapse_warning(collapsed: Sequence[str]) -> str:
 
 def collapses_warning(collapsed: Mapping[str, Sequence[str]]) -> str:
     """Return the same of several networks, from the method that pruned each -> its layers without effect."""
-    dead = "; ".join(f"of {_some(layers)} after {method}" for method, layers in collapsed.items() if layers)
-    return f"Warning, layer collapse: nothing has an effect any more {dead}. {COLLAPSE_TEXT}" if dead else ""
+    dead = "; ".join(f"after {m}, nothing of {_some(layers)} has an effect" for m, layers in collapsed.items() if layers)
+    return f"Warning, layer collapse: {dead}. {COLLAPSE_TEXT}" if dead else ""
 
 
 def _cut_off(effective: Effective | None) -> str:
