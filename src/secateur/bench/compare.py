@@ -129,7 +129,8 @@ class Comparison:
         verdicts = {c.method: self.against(c.method, BASELINE).verdict for c in self.ranked}
         better, worse = ([name for name, v in verdicts.items() if v == sought] for sought in ("better", "worse"))
         if better:
-            words = f"{self.best.method} is not decidedly better than random pruning here; decidedly better: {', '.join(better)}"
+            words = f"{self.best.method} is not decidedly better than random pruning here; "
+            words += f"decidedly better: {', '.join(better)}"
         else:
             words = "No method is decidedly better than random pruning here"
         if worse:

@@ -135,7 +135,8 @@ def collapse_warning(collapsed: Sequence[str]) -> str:
 
 def collapses_warning(collapsed: Mapping[str, Sequence[str]]) -> str:
     """Return the same of several networks, from the method that pruned each -> its layers without effect."""
-    dead = "; ".join(f"after {m}, nothing of {_some(layers)} has an effect" for m, layers in collapsed.items() if layers)
+    cut_off = {method: layers for method, layers in collapsed.items() if layers}
+    dead = "; ".join(f"after {m}, nothing of {_some(layers)} has an effect" for m, layers in cut_off.items())
     return f"Warning, layer collapse: {dead}. {COLLAPSE_TEXT}" if dead else ""
 
 
