@@ -113,7 +113,7 @@ class Board {
     const place = document.getElementById("plot");
     const shown = this.lines.filter((line) => line.value && line.x[axis.key] !== undefined && line.role !== "dense");
     const drawn = best(shown);
-    const traces = [...tracesOf(drawn, axis, stylesOf(this.data.lines)), ...frontsOf(drawn, axis)];
+    const traces = [...tracesOf(drawn, axis, stylesOf(this.data.lines)), ...frontsOf(shown, axis)];
     const layout = plotLayout(innerWidth < 700 ? axis.words.replace(" (", "<br>(") : axis.words, `${this.data.metric} (%)`);
     const dense = this.data.lines.find((line) => line.role === "dense" && line.value);
     layout.shapes = dense ? denseShapes(dense) : [];

@@ -1,13 +1,9 @@
 // Every page: loaded anew when `secateur leaderboard serve` has built the pages anew.
 "use strict";
 
-async function reloadWhenRebuilt() {
-  // Only `secateur leaderboard serve` has this address; it says when the pages were last built.
-  if (!location.protocol.startsWith("http")) return;
-  const ask = async () => { const answer = await fetch("/built"); return answer.ok ? answer.text() : null; };
-  const first = await ask().catch(() => null);
-  if (first === null) return;
-  setInterval(async () => { const now = await ask().catch(() => first); if (now !== first) location.reload(); }, 3000);
+// Only the pages that it serves have a stamp, that of their build; at /built it tells that of the last one.
+const stamp = document.querySelector("meta[name=stamp]");
+if (stamp) {
+  const last = () => fetch("/built").then((answer) => (answer.ok ? answer.text() : stamp.content));
+  setInterval(async () => { if (await last().catch(() => stamp.content) !== stamp.content) location.reload(); }, 3000);
 }
-
-reloadWhenRebuilt();

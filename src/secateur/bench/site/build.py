@@ -112,8 +112,9 @@ def _build(store: Store, out: Path, stamp: str) -> list[Board]:
     for board in boards:
         files[f"benchmarks/{board.slug}.html"] = render("benchmark.html.j2", "../", board=board)
     for card, slots in answers:
-        values = {"card": card, "text": _card_html(card), "slots": slots, "lines": _lines_of(card, boards)}
-        files[f"methods/{card.name}.html"] = render("method.html.j2", "../", **values)
+        lines = _lines_of(card, boards)
+        page = render("method.html.j2", "../", card=card, text=_card_html(card), slots=slots, lines=lines)
+        files[f"methods/{card.name}.html"] = page
     for name in STATIC:
         files[f"assets/{name}"] = (resources.files("secateur.bench.site") / "static" / name).read_text("utf-8")
     files["assets/plotly.min.js"] = plotly_offline.get_plotlyjs()
