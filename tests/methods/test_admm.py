@@ -162,6 +162,7 @@ def test_right_after_the_cut_it_ends_far_above_pruning_the_smallest_weights_at_o
         pruner.step()
     assert pruner.done and pruner._run.hooks.residuals[-1] < 0.15
     held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    # Both thresholds are the check of the specification (3 f), 20 points; here seeds 0 and 1 differ by 37 and 54.
     assert accuracy(model, *held_out) > accuracy(at_once, *held_out) + 20
 
 

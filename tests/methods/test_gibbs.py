@@ -192,6 +192,7 @@ def test_annealing_from_new_weights_ends_far_above_pruning_a_trained_network_at_
         **options,
     )
     held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    # 20 points are the check of the specification (9 f); here seeds 0 and 1 differ by 70 and 74.
     assert accuracy(annealed.model, *held_out) > accuracy(at_once.model, *held_out) + 20
 
 

@@ -149,6 +149,7 @@ def test_right_after_the_cut_it_ends_far_above_cutting_the_same_units_at_once(se
     )
     assert at_once.structure_plan.axes == grown.structure_plan.axes  # the same picks
     held_out = x[TRAINED_ON:], y[TRAINED_ON:]
+    # 20 points and the same picks are the check of the specification (7 f); here seeds 0 and 1 differ by 61 and 46.
     assert accuracy(grown.model, *held_out) > accuracy(at_once.model, *held_out) + 20
 
 

@@ -168,6 +168,7 @@ def test_without_fine_tuning_it_ends_above_magnitude_and_random():
             )
             values.append(accuracy(pruned.model, x[TRAINED_ON:], y[TRAINED_ON:]))
     taylor, magnitude, chance = (sum(values) / 3 for values in found.values())
+    # The specification measured 29 and 49 points and sets no threshold; here it is 29 above both: about half of that.
     assert taylor > magnitude + 15 and taylor > chance + 15
 
 
