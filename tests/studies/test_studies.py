@@ -15,7 +15,7 @@ from secateur.errors import UnknownName
 from secateur.measure.figures import lines_figure
 from secateur.measure.safe_sparsity import safe_sparsity
 from secateur.parts.mean_field import chi
-from secateur.studies import STUDIES, find_study, wide_prior
+from secateur.studies import STUDIES, find_study, pruned_fraction, wide_prior
 from secateur.studies.edge_of_chaos import relu_correlation, travel
 from secateur.studies.pruned_fraction import Setting, train
 from secateur.studies.safe_sparsity import ClassNeurons, train_multilayer
@@ -103,16 +103,47 @@ def test_pruned_weights_of_a_prior_stay_zero(monkeypatch):
 
 
 def test_the_loss_falls_at_least_at_the_rate_of_the_bound_where_the_condition_holds(monkeypatch):
-    for name, value in (("DRAWS", 3), ("STEPS", 600)):
+    for name, value in (("DRAWS", 2), ("STEPS", 200)):
         monkeypatch.setattr(wide_prior, name, value)
-    wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (640, 40))
-    assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 3
+    wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (20480, 40))
+    assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 2
     assert all(rate >= bound > 0 for rate, bound in zip(wide.rates, wide.bounds, strict=True))
     # At its mean rate a loss reaches the goal in its number of steps; the smallest mean is no larger than the last one.
-    given = wide_prior.problems(640, 1.0, 1.0, 0)
+    given = wide_prior.problems(20480, 1.0, 1.0, 0)
     start = (given.net(given.u) - given.y).detach().square().sum((1, 2)) / 2
     for loss, steps, rate in zip(start.tolist(), wide.steps, wide.rates, strict=True):
         assert 0 < rate <= math.log(loss / wide_prior.SOLVED) / (wide_prior.STEP * (steps - 1))
+
+
+def test_the_steps_in_the_limit_of_width_are_counted_by_hand(monkeypatch):
+    monkeypatch.setattr(wide_prior, "CONDITION", 1.0)  # so that A Aᵀ is the identity, and all parts shrink alike
+    given = wide_prior.problems(50, 1.0, 1.0, 0)
+    start = (given.net(given.u) - given.y).detach().square().sum((1, 2)) / 2
+    for loss, steps in zip(start.tolist(), wide_prior.limit_steps(given, 0.4), strict=True):
+        shrinks = (1 - 0.4 * wide_prior.STEP) ** 2
+        assert loss * shrinks**steps <= wide_prior.SOLVED < loss * shrinks ** (steps - 1)
+
+
+def test_the_claims_of_the_steps_are_judged_as_they_are_found(monkeypatch):
+    monkeypatch.setattr(wide_prior, "WIDTHS", (320, 640))
+
+    def claims(*dense):
+        own = [wide_prior.Outcome([steps] * wide_prior.DRAWS if steps else [], [], [], []) for steps in dense]
+        slow = {w: wide_prior.Outcome([300], [], [], []) for w in (320, 640)}
+        found = {"dense": dict(zip((320, 640), own, strict=True)), "pruned": slow, "pruned, rescaled": slow}
+        limits = {"dense": 100, "pruned": 300, "pruned, rescaled": 300}
+        return [claim.holds for claim in wide_prior._claims_of_the_steps(found, limits)]
+
+    assert claims(150, 101)[:2] == [True, True] and claims(101, 102)[:2] == [False, True]
+    assert claims(300, 200)[:2] == [True, False] and claims(0, 0)[:2] == [False, False]
+
+
+def test_guessing_is_judged_by_its_binomial_error():
+    learned = {"train_loss": 0.001, "test_loss": 2.0, "test_accuracy": 0.26}
+    assert pruned_fraction._claim_by_heart(Setting(), learned).holds
+    # 3 sqrt(0.25 * 0.75 / 5000) = 0.0184
+    for worse in ({"test_accuracy": 0.27}, {"test_accuracy": 0.23}, {"train_loss": 0.1}, {"test_loss": 1.3}):
+        assert not pruned_fraction._claim_by_heart(Setting(), learned | worse).holds
 
 
 def test_the_factor_restores_the_gram_matrix(monkeypatch):
