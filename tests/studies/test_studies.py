@@ -103,13 +103,13 @@ def test_pruned_weights_of_a_prior_stay_zero(monkeypatch):
 
 
 def test_the_loss_falls_at_least_at_the_rate_of_the_bound_where_the_condition_holds(monkeypatch):
-    for name, value in (("DRAWS", 2), ("STEPS", 200)):
+    for name, value in (("DRAWS", 1), ("STEPS", 200)):
         monkeypatch.setattr(wide_prior, name, value)
-    wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (20480, 40))
-    assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 2
+    wide, narrow = (wide_prior.outcome(width, 1.0, 1.0, 0) for width in (10240, 40))
+    assert max(wide.ratios) < 1 < min(narrow.ratios) and len(wide.steps) == 1
     assert all(rate >= bound > 0 for rate, bound in zip(wide.rates, wide.bounds, strict=True))
     # At its mean rate a loss reaches the goal in its number of steps; the smallest mean is no larger than the last one.
-    given = wide_prior.problems(20480, 1.0, 1.0, 0)
+    given = wide_prior.problems(10240, 1.0, 1.0, 0)
     start = (given.net(given.u) - given.y).detach().square().sum((1, 2)) / 2
     for loss, steps, rate in zip(start.tolist(), wide.steps, wide.rates, strict=True):
         assert 0 < rate <= math.log(loss / wide_prior.SOLVED) / (wide_prior.STEP * (steps - 1))
@@ -136,6 +136,15 @@ def test_the_claims_of_the_steps_are_judged_as_they_are_found(monkeypatch):
 
     assert claims(150, 101)[:2] == [True, True] and claims(101, 102)[:2] == [False, True]
     assert claims(300, 200)[:2] == [True, False] and claims(0, 0)[:2] == [False, False]
+
+
+def test_a_study_of_networks_too_narrow_for_any_rate_says_so(monkeypatch):
+    for name, value in (("WIDTHS", (4, 8)), ("DRAWS", 2), ("STEPS", 5)):  # J has 10 rows, and its rank is the width
+        monkeypatch.setattr(wide_prior, name, value)
+    findings = wide_prior.run(0, lambda *_: None)
+    bounds = [b for own in findings.data["networks"].values() for o in own.values() for b in o["bounds"]]
+    assert bounds == [0] * 12 and not any(claim.holds for claim in (*findings.claims[:4], findings.claims[-1]))
+    assert findings.claims[1].found == "no width at which all are solved"
 
 
 def test_guessing_is_judged_by_its_binomial_error():

@@ -297,10 +297,17 @@ def _exhibits(found: Found, limits: dict[str, int]) -> tuple[Exhibit, ...]:
         arm: [(w, o.median) for w, o in own.items() if o.steps] for arm, own in found.items()
     }
     times |= {f"{arm}, limit": [(w, limit) for w in (WIDTHS[0], WIDTHS[-1])] for arm, limit in limits.items()}
-    ratios = {arm: [(w, median(o.ratios)) for w, o in own.items()] for arm, own in found.items()}
+    ratios = {
+        arm: [(w, median(o.ratios)) for w, o in own.items() if math.isfinite(median(o.ratios))]
+        for arm, own in found.items()
+    }
     ratios["limit of the condition"] = [(w, 1.0) for w in (WIDTHS[0], WIDTHS[-1])]
     faster = {
-        arm: [(w, median(rate / bound for rate, bound in zip(o.rates, o.bounds, strict=True))) for w, o in own.items()]
+        arm: [
+            (w, median(rate / bound for rate, bound in zip(o.rates, o.bounds, strict=True) if bound))
+            for w, o in own.items()
+            if any(o.bounds)
+        ]
         for arm, own in found.items()
     }
     faster["bound"] = ratios["limit of the condition"]
@@ -322,14 +329,14 @@ def _exhibits(found: Found, limits: dict[str, int]) -> tuple[Exhibit, ...]:
         ),
         Exhibit(
             "The condition, before training",
-            "4 residual curvature / smallest singular value²: it holds below 1. Medians. " + about,
+            "4 residual curvature / smallest singular value²: it holds below 1. Medians, if finite. " + about,
             lines_figure(ratios, x_title, "ratio of the condition (log scale)", log_x=True, log_y=True),
             claims=(5,),
         ),
         Exhibit(
             "The rate of descent and its bound",
-            "The smallest mean rate at which the loss fell over any time from the start. Medians; the bound is "
-            "expected only where the condition holds. " + about,
+            "The smallest mean rate at which the loss fell over any time from the start. Medians, where the bound is "
+            "not 0; it is expected only where the condition holds. " + about,
             lines_figure(faster, x_title, "rate found / rate of the bound (log scale)", log_x=True, log_y=True),
             claims=(5,),
         ),
