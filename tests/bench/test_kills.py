@@ -138,6 +138,16 @@ def test_whatever_is_killed_the_records_are_those_of_an_undisturbed_run(tmp_path
         assert not list((tmp_path / str(number)).rglob(".*"))  # half-written files are swept away
 
 
+PORTS = (
+    "port",
+    "dashboard-agent-grpc-port",
+    "dashboard-agent-listen-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+"""Of a Ray cluster: where its agents choose their own, it gives up on a busy machine before they have told them."""
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """A Ray cluster of two workers that is there before the runner and after it; its address and its first process."""
@@ -146,20 +156,21 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_worker_niceness", "0")  # not 15: on a busy machine they would wait for minutes
     monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")  # not 30 s, for the same reason
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
+    ports = [free.getsockname()[1] for free in sockets]
+    for free in sockets:
+        free.close()
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets below it have at most 107 characters
         call = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
-        call += ["--num-cpus=2", f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}"]
-        call += ["--include-dashboard=false", "--disable-usage-stats"]
+        call += ["--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats"]
+        call += [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
         head = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 120
             while not any("raylet/raylet" in command(p) for p in descendants(head.pid)):
                 assert head.poll() is None and time.monotonic() < until
                 time.sleep(0.1)
-            yield address, head.pid
+            yield f"127.0.0.1:{ports[0]}", head.pid
             assert head.poll() is None  # the runner has left the cluster as it was
         finally:
             below = descendants(head.pid)
