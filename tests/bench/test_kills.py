@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import random
 import resource
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -138,64 +135,18 @@ def test_whatever_is_killed_the_records_are_those_of_an_undisturbed_run(tmp_path
         assert not list((tmp_path / str(number)).rglob(".*"))  # half-written files are swept away
 
 
-PORTS = (
-    "port",
-    "dashboard-agent-grpc-port",
-    "dashboard-agent-listen-port",
-    "runtime-env-agent-port",
-    "metrics-export-port",
-)
-"""Of a Ray cluster: where its agents choose their own, it gives up on a busy machine before they have told them."""
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A Ray cluster of two workers that is there before the runner and after it; its address and its first process."""
-    pytest.importorskip("ray", reason="needs ray: pip install 'secateur[ray]'")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as Ray starts clusters, with a token of this test's own
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # not 15: on a busy machine they would wait for minutes
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")  # not 30 s, for the same reason
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets below it have at most 107 characters
-        call = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
-        call += ["--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats"]
-        call += [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
-        head = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            until = time.monotonic() + 120
-            while not any("raylet/raylet" in command(p) for p in descendants(head.pid)):
-                assert head.poll() is None and time.monotonic() < until
-                time.sleep(0.1)
-            yield f"127.0.0.1:{ports[0]}", head.pid
-            assert head.poll() is None  # the runner has left the cluster as it was
-        finally:
-            below = descendants(head.pid)
-            head.terminate()
-            head.wait(60)
-            for process in below:
-                kill(process)
-
-
-def test_ray_gives_the_same_records_and_a_killed_worker_costs_only_its_job(tmp_path, undisturbed, cluster, request):
-    address, head = cluster
-    runner = start(tmp_path, "--executor", "ray", "--address", address)
-    request.addfinalizer(runner.kill)
-    before, killed = {}, []
-    while runner.poll() is None and len(killed) < 3:
-        time.sleep(0.05)  # jobs are at work most of the time: look often enough to meet two
-        at_work = [process for process in descendants(head) if "ray::attempt" in command(process)]
-        if len(at_work) == 2 and len(snapshot(tmp_path)) > len(before) + 1:
-            assert before.items() <= snapshot(tmp_path).items()  # to the byte, times too: nothing was made again
-            before = snapshot(tmp_path)
-            kill(at_work[0])
-            killed.append(len(before))
-        assert command(head)  # without a cluster the runner would wait for minutes
-    assert runner.wait(1500) == 0 and len(killed) == 3 and 0 < killed[0] < killed[2] < len(RUNS)
-    assert before.items() <= snapshot(tmp_path).items()
+def test_ray_gives_the_same_records_and_a_killed_worker_costs_only_its_job(tmp_path, undisturbed):
+    pytest.importorskip("ray")
+    runner = start(tmp_path, "--executor", "ray")
+    killed = 0
+    while runner.poll() is None and killed < 3:
+        time.sleep(0.1)  # a job is at work most of the time: look often enough to meet one
+        if len(snapshot(tmp_path)) > 3 * (killed + 1):
+            at_work = [p for p in descendants(runner.pid) if "ray::attempt" in command(p)]
+            if at_work:
+                kill(at_work[0])
+                killed += 1
+    assert runner.wait(1500) == 0 and killed == 3
     assert finish(tmp_path) == undisturbed
 
 
