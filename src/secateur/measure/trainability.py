@@ -102,9 +102,9 @@ def trainability(
 
     The loss is half the squared distance of the output to the target, over all samples together. Trained are the
     parameters that require gradients. The network is run in float64, in the mode (training or evaluation) that it is
-    in, and left as it was. The condition is sufficient if the curvature is; that is measured in random directions, by
-    steps of 0.001, and in the direction of steepest descent, as far as the theory lets the weights move. The theory is
-    one of smooth activations.
+    in, and left as it was. The condition would be sufficient with the true curvature; here that is estimated
+    from below, by steps of 0.001 in random directions, and along the steepest descent as far as the theory lets the
+    weights move. The theory is one of smooth activations.
 
     Args:
         model: At its initial weights.
