@@ -4,14 +4,8 @@ import pytest
 import yaml
 
 import secateur as sc
-from secateur.bench.benchmarks import (
-    benchmark_names,
-    budget_label,
-    find_benchmark,
-    parse_budget,
-    plan,
-    read_benchmark,
-)
+from secateur.bench.benchmarks import benchmark_names, budget_label, find_benchmark, parse_budget, read_benchmark
+from secateur.bench.plan import plan
 from secateur.core.recipe import FreshAtLast, Recipe
 from secateur.errors import InvalidRecipe, UnknownName
 from secateur.tasks import find_task

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from secateur.bench import jobs
-from secateur.bench.benchmarks import plan, read_benchmark
+from secateur.bench.benchmarks import read_benchmark
 from secateur.bench.jobs import Workplace, attempt, run_job
 from secateur.bench.measurements import share
+from secateur.bench.plan import plan
 from secateur.bench.store import Store
 from secateur.errors import BudgetUnreachable, DataUnavailable
 

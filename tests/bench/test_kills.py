@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.bench.benchmarks import plan, read_benchmark
+from secateur.bench.benchmarks import read_benchmark
+from secateur.bench.plan import plan
 from secateur.bench.store import Store
 
 TINY = Path(__file__).parent / "tiny.yaml"

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from secateur.bench import records
-from secateur.bench.benchmarks import dense_run, find_benchmark, plan
+from secateur.bench.benchmarks import find_benchmark
+from secateur.bench.plan import dense_run, plan
 from secateur.bench.records import Record, hash_of, read_record, to_text
 from secateur.bench.store import Store, standing
 from secateur.errors import InvalidRecord

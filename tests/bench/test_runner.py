@@ -4,9 +4,10 @@ import pytest
 from tests.bench.test_records import make_record
 
 from secateur.bench import runner
-from secateur.bench.benchmarks import Variant, find_benchmark, plan
+from secateur.bench.benchmarks import Variant, find_benchmark
 from secateur.bench.executors import make_executor
 from secateur.bench.jobs import Ended, Workplace
+from secateur.bench.plan import plan
 from secateur.bench.records import Reported
 from secateur.bench.store import Store
 from secateur.errors import AlreadyRunning, MissingDependency, UnknownName

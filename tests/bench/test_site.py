@@ -14,7 +14,8 @@ import torch
 
 import secateur as sc
 from secateur.atomic import written_atomically
-from secateur.bench.benchmarks import Claim, find_benchmark, plan
+from secateur.bench.benchmarks import Claim, find_benchmark
+from secateur.bench.plan import plan
 from secateur.bench.records import Reported
 from secateur.bench.site import build, entries, serve
 from secateur.bench.site.build import build_site, slots_of

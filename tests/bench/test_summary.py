@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from tests.bench.test_records import make_record
 
-from secateur.bench.benchmarks import Claim, find_benchmark, plan
+from secateur.bench.benchmarks import Claim, find_benchmark
+from secateur.bench.plan import plan
 from secateur.bench.summary import check_claims, check_masks, fronts, summarize
 from secateur.core.budget import Budget
 from secateur.errors import InvalidRecipe, UnknownName

@@ -7,7 +7,8 @@ import pytest
 from tests.bench.test_records import make_record
 from typer.testing import CliRunner
 
-from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.benchmarks import find_benchmark
+from secateur.bench.plan import plan
 from secateur.bench.store import Store
 from secateur.cli.main import app
 from secateur.errors import InvalidFile, InvalidRecipe, UnknownName

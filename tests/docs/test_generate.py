@@ -6,7 +6,8 @@ import pytest
 from tests.bench.test_records import make_record
 
 from docs import generate
-from secateur.bench.benchmarks import find_benchmark, plan
+from secateur.bench.benchmarks import find_benchmark
+from secateur.bench.plan import plan
 from secateur.bench.store import Store
 
 BENCHMARK = find_benchmark("digits/resnet8")

@@ -155,6 +155,12 @@ def test_guessing_is_judged_by_its_binomial_error():
         assert not pruned_fraction._claim_by_heart(Setting(), learned | worse).holds
 
 
+def test_the_threshold_is_where_the_first_of_all_signals_is_missed():
+    # 4 classes x 5 networks: (1 - 0.85^40)^20 = 0.970, (1 - 0.9^40)^20 = 0.742
+    assert pruned_fraction._below_the_threshold(Setting()) == [1.0, 0.7, 0.5, 0.3]
+    assert pruned_fraction._below_the_threshold(Setting(neurons=100))[-1] == 0.2  # (1 - 0.9^100)^20 = 0.9995
+
+
 def test_the_factor_restores_the_gram_matrix(monkeypatch):
     monkeypatch.setattr(wide_prior, "LATENT", 500)  # so that all units keep about the same share of their input
     dense, bare, mended = (wide_prior.mean_gram(400, *arm, 0) for arm in ((1.0, 1.0), (0.5, 1.0), (0.5, 0.5**-0.5)))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from secateur.bench import jobs
-from secateur.bench.benchmarks import data_of, find_benchmark, plan
+from secateur.bench.benchmarks import find_benchmark
 from secateur.bench.jobs import Workplace, run_job
+from secateur.bench.plan import data_of, plan
 from secateur.core.budget import Budget
 from secateur.errors import DataUnavailable, InvalidFile, MissingDependency
 from secateur.tasks import find_task, imagefolder

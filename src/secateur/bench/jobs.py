@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from secateur import __version__
 from secateur.api import prune, save
-from secateur.bench.benchmarks import dense_run
 from secateur.bench.measurements import (
     Stopwatch,
     peak_memory,
@@ -27,6 +26,7 @@ from secateur.bench.measurements import (
     timings,
     weights_hash,
 )
+from secateur.bench.plan import dense_run
 from secateur.bench.records import (
     SCHEMA,
     Code,

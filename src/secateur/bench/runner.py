@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from secateur.bench.benchmarks import Benchmark, dense_run
+from secateur.bench.benchmarks import Benchmark
 from secateur.bench.executors import Executor
 from secateur.bench.jobs import Workplace
+from secateur.bench.plan import dense_run
 from secateur.bench.records import Record, Run
 from secateur.bench.store import Store, own_reasons
 from secateur.errors import AlreadyRunning

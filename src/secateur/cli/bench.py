@@ -69,9 +69,10 @@ def run(
 ) -> None:
     """Run what is missing of a benchmark. May be stopped at any point, and run again."""
     from secateur.bench import runner
-    from secateur.bench.benchmarks import data_of, find_benchmark, parse_budget, plan
+    from secateur.bench.benchmarks import find_benchmark, parse_budget
     from secateur.bench.executors import make_executor
     from secateur.bench.jobs import Workplace
+    from secateur.bench.plan import data_of, plan
     from secateur.bench.site.build import build_site
     from secateur.bench.store import Store
 

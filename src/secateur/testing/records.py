@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from secateur.bench.benchmarks import Benchmark, plan
+from secateur.bench.benchmarks import Benchmark
+from secateur.bench.plan import plan
 from secateur.bench.records import (
     Code,
     Failure,
