@@ -69,7 +69,8 @@ def _stages(model: nn.Module, inputs: Any, folder: Path, row: Row) -> None:
         verification = structure.verify(model)
         row.data["verify_error"] = verification.max_error
         if not verification.ok:
-            raise RuntimeError(f"error {verification.max_error:.1e} {verification.reason} at {verification.failed[:6]}")
+            failed = list(verification.failed.items())[:6]
+            raise RuntimeError(f"error {verification.max_error:.1e} {verification.reason} at {failed}")
     with row.stage("prune"):
         pruned = sc.prune(model, inputs, granularity="channel", budget=sc.Budget(macs=BUDGET))
         row.data["macs"] = round(pruned.after.macs / pruned.before.macs, 4)

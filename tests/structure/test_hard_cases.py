@@ -16,7 +16,8 @@ from secateur.core.slots import Criterion
 from secateur.errors import InvalidInputs, NothingPrunable
 from secateur.structure import rules
 from secateur.structure.inputs import output_tensors, relative_error, state_of, undisturbed
-from secateur.structure.prove import proved_structure
+from secateur.structure.prove import prove_cut, proved_keep, proved_structure
+from secateur.structure.provenance import Attribute, Listener, TracedInt
 from secateur.structure.surgery import cut_copy
 from secateur.testing.oracle import oracle_error
 
@@ -215,6 +216,65 @@ def test_a_cut_that_cannot_be_proved_is_undone_and_another_one_made():
     pruned = sc.prune(model, torch.randn(2, 6), **options)
     assert pruned.model.a.out_features == 16 and pruned.model.b.out_features < 16
     assert "could not be proved" in pruned.structure.axis("a").reason and pruned.after.macs <= 0.35 * pruned.before.macs
+
+
+def test_a_single_unit_that_takes_another_path_does_not_freeze_its_axis():
+    def forward(self, x):
+        parts = self.a(x).view(len(x), self.radix, -1)
+        weights = parts.softmax(1) if self.radix > 1 else parts.sigmoid()
+        return self.b((parts * weights).sum(1))
+
+    model = Model(forward, a=nn.Linear(6, 32), b=nn.Linear(8, 3))
+    model.radix = 4
+    x = torch.randn(2, 6)
+    structure = proved_structure(model, x)
+    assert structure.verify(model).ok and free(structure) == {"a[radix]": 4, "a": 8}
+    kept = {"a[radix]": torch.arange(4) < 2}
+    assert prove_cut(model, structure, kept).ok
+    kept["a[radix]"] = torch.arange(4) < 1
+    proof, left = proved_keep(model, structure, kept)
+    assert not proof.ok and "could not be proved" in left.axis("a[radix]").reason
+
+
+class Heard(Listener):
+    """Remembers what it has heard."""
+
+    def __init__(self):
+        self.values, self.equal = [], []
+
+    def read_value(self, expression):
+        self.values.append(expression)
+
+    def find_equal(self, a, b):
+        self.equal.append((a, b))
+
+
+def test_traced_integers_compare_like_integers_and_say_so():
+    heard, place, other = Heard(), Attribute("a", "width"), Attribute("b", "dim")
+    traced = TracedInt(16, place, heard)
+    assert traced == 16 and traced == 16.0 and traced != 16.5 and not traced != 16 and traced != "16"
+    assert torch.equal(traced == torch.tensor([16, 3]), torch.tensor([True, False]))
+    assert {16: "found"}[traced] == "found"
+    assert heard.equal == []  # a literal has no place
+    assert traced == TracedInt(16, other, heard) and traced != TracedInt(8, other, heard)
+    assert not traced != TracedInt(16, place, heard)
+    assert heard.equal == [(place, other), (place, place)]
+    assert traced**-0.5 == 0.25 and heard.values == [place]
+    assert Listener().read_value(place) is None and Listener().find_equal(place, other) is None
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_code_that_insists_on_a_size_gets_it(insists):
+    def forward(self, x):
+        h = self.a(x)
+        if (h.shape[1] != self.channels) if insists else (self.channels == h.shape[1] + 1):
+            raise ValueError("make sure that the channels are those of the configuration")
+        return self.b(h)
+
+    model = Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3))
+    model.channels = 16
+    pruned = half(model, torch.randn(2, 6)).model
+    assert pruned.a.out_features == 8 and pruned.channels == (8 if insists else 16)
 
 
 def test_a_rule_that_stumbles_freezes_instead_of_failing():

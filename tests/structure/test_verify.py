@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import half_of_each, prove_cut, proved_structure, proved_with_the_analysis
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import _permutation_error, random_cycle, redraw
+from secateur.structure.verify import _permutation_error, permuted, random_cycle, redraw
 from secateur.testing.toys import toy
 
 
@@ -80,7 +80,8 @@ def test_only_the_culprits_are_named(monkeypatch):
     model, x = toy("vit")
     monkeypatch.setitem(rules.all_rules(), "gelu", _forget_to_unify)
     failed = sc.trace(model, x).verify(model).failed
-    assert set(failed) <= {a for a in failed if "mlp" in a} and len(failed) == 4  # both sides of two perceptrons
+    assert all("mlp" in name for name in failed) and len(failed) == 4  # both sides of two perceptrons
+    assert set(failed.values()) == {"permuting it changed the output"}
 
 
 def test_axes_that_fail_are_frozen_and_the_rest_is_cut(monkeypatch):
@@ -108,6 +109,10 @@ def test_a_cut_of_a_hidden_number_is_refused():
     assert {a.name for a in naive.prunable} == {"a", "b"}
     assert not prove_cut(model, naive, {"a": torch.arange(8) < 4}).ok
     assert prove_cut(model, naive, {"b": torch.arange(6) < 4}).ok
+    assert permuted(model, naive).ok  # another order of the units has the same number of them
+    verification = naive.verify(model)
+    assert not verification.ok and verification.max_error > 0.1
+    assert verification.failed == {"a": "a trial cut could not be proved equal to the masked network"}
     structure = proved_structure(model, x)
     assert [axis.name for axis in structure.prunable] == ["b"]
     assert "could not be proved" in structure.axis("a").reason

@@ -98,13 +98,16 @@ def _analyzed(network: nn.Module, inputs: Any) -> tuple[Structure, float | None]
     from torch import Tensor
     from torch.utils._pytree import tree_map
 
-    from secateur.structure.prove import proved_structure
     from secateur.structure.trace import trace
 
     if any(parameter.is_meta for parameter in network.parameters()):
         return trace(network, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)), None
-    structure = proved_structure(network, inputs)
-    return structure, structure.verify(network).max_error
+    structure = trace(network, inputs)
+    verification = structure.verify(network)
+    if verification.failed:
+        structure = structure.frozen(verification.failed)
+        verification = structure.verify(network)
+    return structure, verification.max_error
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -129,9 +132,8 @@ def _show(structure: Structure, model: str, error: float | None, every: bool) ->
     if error is None:
         console.print("\nNot proved: the network is larger than this machine's memory, so it was only traced.")
     else:
-        console.print(
-            f"\nProof: permuting all free axes changes the output by {error:.1e} (relative).", highlight=False
-        )
+        proof = f"\nProof: all free axes can be reordered and cut (largest relative error {error:.1e})."
+        console.print(proof, highlight=False)
 
 
 def _axes_table(structure: Structure, every: bool) -> Table:

@@ -35,7 +35,7 @@ def drawing_page(structure: Structure, name: str, error: float | None) -> Page:
     Args:
         structure: What `trace` found.
         name: What to call the network.
-        error: The largest relative error of the proof by permutation; None if there is no proof.
+        error: The largest relative error of the proof; None if there is no proof.
     """
     params, lost = structure.params({}), sum(uncuttable(structure).values())
     tiles = [
@@ -44,7 +44,11 @@ def drawing_page(structure: Structure, name: str, error: float | None) -> Page:
         Tile(str(len(structure.prunable)), "axes that can be cut"),
         Tile(f"{100 * lost / max(params, 1):.2g} %", "of the parameters cannot be cut at all"),
     ]
-    proof = "It was not proved." if error is None else f"Permuting all free axes changes the output by {error:.0e}."
+    proof = (
+        "It was not proved."
+        if error is None
+        else f"All free axes can be reordered and cut (largest relative error {error:.0e})."
+    )
     inputs = ", ".join(" x ".join(map(str, tensor.shape)) for tensor in structure.inputs.tensors())
     return Page(
         title=f"secateur: {name}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur.structure.inputs import Inputs, holding, modules_of, undisturbed
 from secateur.structure.origins import Origins, change, read_origins, write_harmlessly
 from secateur.structure.plan import Plan
-from secateur.structure.provenance import Attribute, TracedInt, read_attribute, traced_attributes
+from secateur.structure.provenance import Attribute, Expression, Listener, read_attribute, traced_attributes
 from secateur.structure.structure import Structure
 from secateur.structure.surgery import skeleton
 from secateur.structure.weightless import KnownValues
@@ -74,34 +74,24 @@ def read_promises(model: nn.Module, inputs: Inputs) -> Promises | None:
     if not all(callable(getattr(model, name, None)) for name in ("forward_features", "reset_classifier")):
         return None
     copied = skeleton(model)
-    equal: list[tuple[Attribute, Attribute]] = []
-    kind = type("Compared", (_Compared,), {"equal": equal})
-    with traced_attributes(copied, lambda expression: None, kind), torch.device("meta"):
+    compared = _Compared()
+    with traced_attributes(copied, compared), torch.device("meta"):
         with suppress(Exception):  # some heads cannot be reset, each in its own way
             copied.reset_classifier(2)  # type: ignore[operator]
         origins = read_origins(model, copied)
     shapes = _shapes(model, inputs)
-    return Promises(origins, shapes, {place: read_attribute(model, place) for place in shapes}, equal)
+    return Promises(origins, shapes, {place: read_attribute(model, place) for place in shapes}, compared.equal)
 
 
-class _Compared(TracedInt):
-    """An integer that notes which others it was compared with and is equal to."""
+class _Compared(Listener):
+    """Notes which places hold integers that were compared and are equal."""
 
-    equal: ClassVar[list[tuple[Attribute, Attribute]]]
+    def __init__(self) -> None:
+        self.equal: list[tuple[Attribute, Attribute]] = []
 
-    def __eq__(self, other: object) -> bool:
-        same = int(self) == other
-        if same and isinstance(other, TracedInt):
-            pair = (self.expression, other.expression)
-            if isinstance(pair[0], Attribute) and isinstance(pair[1], Attribute):
-                self.equal.append((pair[0], pair[1]))
-        return same
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(int(self))
+    def find_equal(self, a: Expression, b: Expression) -> None:
+        if isinstance(a, Attribute) and isinstance(b, Attribute):
+            self.equal.append((a, b))
 
 
 def _shapes(model: nn.Module, inputs: Inputs) -> Shapes:

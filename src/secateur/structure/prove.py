@@ -1,25 +1,30 @@
-"""The proof of a cut: the smaller network must compute what the masked network computes."""
+"""The proofs: of a cut, that it computes what the masked network does; of an analysis, by a trial cut among others."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import PlanMismatch, SecateurError
+from secateur.errors import InvalidInputs, PlanMismatch, SecateurError
 from secateur.structure.dims import Dim, leaves, order_under
-from secateur.structure.inputs import call_with_state, relative_error, undisturbed
+from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 from secateur.structure.masked import run_masked
 from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.surgery import apply_plan, make_plan, skeleton
 from secateur.structure.trace import trace
-from secateur.structure.verify import Verification, proof_dtypes, random_cycle, redraw
+from secateur.structure.verify import Verification, permuted, proof_dtypes, random_cycle, redraw
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+FEWEST = 2
+"""So many units of each axis stay in a trial cut at least: a single one is special (a size of one is broadcast, and
+code often takes another path for it), and what is true of it says little about the axis."""
 
 FEWEST_IN_ORDER = 4
 """So many units of each axis stay in a cut that is to say something about their order, too."""
@@ -119,25 +124,44 @@ def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> St
 
 
 def proved(model: nn.Module, structure: Structure, seed: int = 0) -> Structure:
-    """Return a structure of `model` with every axis frozen that cannot be proved.
+    """Return a structure of `model` with every axis frozen that cannot be proved."""
+    return structure.frozen(verified(model, structure, seed).failed)
+
+
+def verified(model: nn.Module, structure: Structure, seed: int = 0) -> Verification:
+    """Return whether every prunable axis can be reordered and cut, and what is wrong with those that cannot.
 
     The analysis is verified by permutation, and then a trial cut of half of every axis is compared with the masked
-    network. Axes that fail either proof are frozen, with that reason. First both are tried at once.
+    network: a size that the code uses in secret shows in a cut alone. First both are tried at once.
+
+    Raises:
+        InvalidInputs: The model is on the meta device.
     """
+    if any(tensor.is_meta for tensor in state_of(model).values()):
+        raise InvalidInputs(
+            "A model on the meta device has no values to verify an analysis with. Pass one with values, or a small "
+            "network of the same configuration: verify_by_twin(structure, twin, inputs)."
+        )
     trial = half_of_each(structure, [axis.name for axis in structure.prunable], seed)
-    if proved_with_the_analysis(model, structure, trial, seed) is not None:
-        return structure
-    verification = structure.verify(model, seed)
-    reason = verification.reason or "permuting it changed the output"
-    structure = structure.frozen(dict.fromkeys(verification.failed, reason))
-    failed = _unproved(
+    proof = proved_with_the_analysis(model, structure, trial, seed)
+    if proof is not None:
+        return proof
+    by_order = permuted(model, structure, seed)
+    left = structure.frozen(by_order.failed)
+    by_cut = _each_cut(
         model,
-        structure,
-        lambda names: half_of_each(structure, names, seed),
-        _with_ties(structure, [axis.name for axis in structure.prunable]),
+        left,
+        lambda names: half_of_each(left, names, seed),
+        _with_ties(left, [axis.name for axis in left.prunable]),
+        "a trial cut could not be proved equal to the masked network",
         seed,
     )
-    return structure.frozen(dict.fromkeys(failed, "a trial cut could not be proved equal to the masked network"))
+    return replace(
+        by_order,
+        max_error=max(by_order.max_error, by_cut.max_error),
+        ok=by_order.ok and by_cut.ok,
+        failed={**by_order.failed, **by_cut.failed},
+    )
 
 
 def proved_with_the_analysis(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> Verification | None:
@@ -166,29 +190,35 @@ def _reordered(kept: Tensor, generator: torch.Generator) -> Tensor:
 def proved_depth(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
     """Return the structure of `model` with every residual branch frozen that cannot be dropped with proof."""
     structure = trace(model, example_inputs)
-    failed = _unproved(
+    dropped = _each_cut(
         model,
         structure,
         lambda names: {name: torch.zeros(1, dtype=torch.bool) for name in names},
         [(branch.name,) for branch in structure.branches if branch.prunable],
+        "dropping it could not be proved equal to the masked network",
         seed,
     )
-    return structure.frozen(dict.fromkeys(failed, "dropping it could not be proved equal to the masked network"))
+    return structure.frozen(dropped.failed)
 
 
-def _unproved(
+def _each_cut(
     model: nn.Module,
     structure: Structure,
     cut_of: Callable[[list[str]], Kept],
     classes: list[tuple[str, ...]],
+    wrong: str,
     seed: int,
-) -> list[str]:
-    """Return the axes (or branches) whose cut cannot be proved; none if they can be cut all at once."""
+) -> Verification:
+    """Prove a cut of all axes (or branches) at once; if it fails, find those to blame, and say what is wrong."""
     names = [name for members in classes for name in members]
     if not names:
-        return []
+        return Verification(0.0, ok=True)
     errors = _cut_errors(model, structure, cut_of(names), seed)
-    return [] if _judged(errors).ok else _Search(model, structure, cut_of, seed, errors).culprits(classes)
+    proof = _judged(errors)
+    if proof.ok:
+        return proof
+    culprits = _Search(model, structure, cut_of, seed, errors).culprits(classes)
+    return replace(proof, failed=dict.fromkeys(culprits, wrong))
 
 
 def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:
@@ -238,12 +268,13 @@ def _kind(members: tuple[str, ...]) -> str:
 
 
 def half_of_each(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
-    """Return a random half of the units of each axis, but as many as it must keep."""
+    """Return a random half of the units of each axis, but no less than `FEWEST`, and as many as it must keep."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for name in names:
         size, step = structure.axis(name).size, structure.steps.get(name, 1)
         kept[name] = torch.zeros(size, dtype=torch.bool)
-        events = max(size // step // 2, -(-structure.least.get(name, 1) // step))
+        fewest = min(FEWEST, size // step)
+        events = max(size // step // 2, fewest, -(-structure.least.get(name, 1) // step))
         kept[name][torch.randperm(size, generator=generator)[: step * events]] = True
     return kept

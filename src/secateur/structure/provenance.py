@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial, reduce
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -90,22 +90,40 @@ def sources(expression: Expression) -> Iterator[Attribute | Dim]:
         yield expression
 
 
-class TracedInt(int):
-    """An ``int`` that remembers its expression through integer arithmetic.
+class Listener:
+    """Hears what code does with traced integers beside integer arithmetic; this one forgets it."""
 
-    As soon as it is used as a real number (``dim ** -0.5``) the value itself matters, not only the size it stands for;
-    `on_value_read` is then called with the expression.
-    """
+    def read_value(self, expression: Expression) -> None:
+        """The value itself matters (``dim ** -0.5``), not only the size it stands for."""
+
+    def find_equal(self, a: Expression, b: Expression) -> None:
+        """Two integers were compared, and are equal (``assert channels == self.dim``)."""
+
+
+class TracedInt(int):
+    """An ``int`` that remembers its expression through integer arithmetic, and has a listener."""
 
     expression: Expression
-    on_value_read: Callable[[Expression], None]
+    listener: Listener
 
-    def __new__(cls, value: int, expression: Expression, on_value_read: Callable[[Expression], None]) -> TracedInt:
+    def __new__(cls, value: int, expression: Expression, listener: Listener) -> TracedInt:
         """Return an integer with its origin."""
         self = super().__new__(cls, value)
         self.expression = expression
-        self.on_value_read = on_value_read
+        self.listener = listener
         return self
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other)  # may leave it to the other one
+        if same is True and isinstance(other, TracedInt):
+            self.listener.find_equal(self.expression, other.expression)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other if isinstance(other, TracedInt) else int.__ne__(self, other)
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
@@ -114,23 +132,23 @@ class TracedInt(int):
         return int(self)
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        self.on_value_read(self.expression)
+        self.listener.read_value(self.expression)
         return int.__pow__(int(self), other)
 
     def __rpow__(self, other: Any, modulo: Any = None) -> Any:
-        self.on_value_read(self.expression)
+        self.listener.read_value(self.expression)
         return other ** int(self)
 
     def __truediv__(self, other: Any) -> Any:
-        self.on_value_read(self.expression)
+        self.listener.read_value(self.expression)
         return int(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        self.on_value_read(self.expression)
+        self.listener.read_value(self.expression)
         return other / int(self)
 
     def __float__(self) -> float:
-        self.on_value_read(self.expression)
+        self.listener.read_value(self.expression)
         return float(int(self))
 
 
@@ -140,11 +158,11 @@ def _arithmetic(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]
     def method(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int):
             if isinstance(other, float):
-                self.on_value_read(self.expression)
+                self.listener.read_value(self.expression)
             return NotImplemented
         left, right = (other, self) if reflected else (self, other)
         value = compute(int(left), int(right))
-        return TracedInt(value, Operation(symbol, expression_of(left), expression_of(right)), self.on_value_read)
+        return TracedInt(value, Operation(symbol, expression_of(left), expression_of(right)), self.listener)
 
     return method
 
@@ -160,15 +178,13 @@ def expression_of(value: int) -> Expression:
 
 
 @contextmanager
-def traced_attributes(
-    model: nn.Module, on_value_read: Callable[[Expression], None], kind: type[TracedInt] = TracedInt
-) -> Iterator[None]:
+def traced_attributes(model: nn.Module, listener: Listener) -> Iterator[None]:
     """Replace every integer that a module holds by a `TracedInt`, and restore the originals at the end."""
     originals: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, prefix, namespace in _namespaces(model):
             for name, value in list(namespace.items()):
-                traced = _trace_value(path, prefix + name, value, partial(kind, on_value_read=on_value_read))
+                traced = _trace_value(path, prefix + name, value, listener)
                 if traced is not value:
                     originals.append((namespace, name, value))
                     namespace[name] = traced
@@ -205,11 +221,11 @@ def is_settings(value: Any) -> bool:
     return hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 
 
-def _trace_value(path: str, name: str, value: Any, traced: Callable[[int, Attribute], TracedInt]) -> Any:
+def _trace_value(path: str, name: str, value: Any, listener: Listener) -> Any:
     if type(value) is int:
-        return traced(value, Attribute(path, name))
+        return TracedInt(value, Attribute(path, name), listener)
     if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(traced(item, Attribute(path, name, i)) for i, item in enumerate(value))
+        return type(value)(TracedInt(item, Attribute(path, name, i), listener) for i, item in enumerate(value))
     return value
 
 

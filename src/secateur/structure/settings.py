@@ -24,7 +24,7 @@ from torch import nn
 from secateur.structure.inputs import state_of
 from secateur.structure.origins import Origins, read_origins, undo, write_harmlessly
 from secateur.structure.plan import Plan
-from secateur.structure.provenance import Attribute, TracedInt, held_numbers, is_settings, read_attribute
+from secateur.structure.provenance import Attribute, Listener, TracedInt, held_numbers, is_settings, read_attribute
 from secateur.structure.structure import Structure
 from secateur.structure.surgery import FIELD, write_note
 
@@ -114,7 +114,7 @@ class _FieldInt(TracedInt):
 
 def _trace_fields(config: Any, prefix: str) -> None:
     def traced(value: int, name: str, index: int | None = None) -> _FieldInt:
-        return _FieldInt(value, Attribute("", prefix + name, index), lambda expression: None)
+        return _FieldInt(value, Attribute("", prefix + name, index), Listener())
 
     for name, value in list(vars(config).items()):
         if type(value) is int:

@@ -173,6 +173,8 @@ def _solve_sizes(model: nn.Module, tracer: Tracer) -> tuple[dict[Attribute, Dim]
         for constraint in constraints:
             if isinstance(constraint.expression, Operation) != plain:
                 _bind(constraint, attributes, values, ties)
+    for attribute, dim in tracer.compared:  # what nothing else says: ``if channels != self.channels: raise``
+        attributes.setdefault(attribute, dim)
     for pieces, where in tracer.equal_counts:
         for a, b in pairwise(pieces):
             ties.add(a, b, where)

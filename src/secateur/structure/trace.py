@@ -263,11 +263,11 @@ class _FunctionMode(TorchFunctionMode):
             self.tracer.calls.pop()
 
     def _read_size(self, value: Any, tensor: Tensor, position: tuple[Any, ...]) -> Any:
-        dims, notify = self.tracer.dims(tensor), self.tracer.read_value
+        dims = self.tracer.dims(tensor)
         if isinstance(value, torch.Size):
-            return torch.Size([TracedInt(n, dim, notify) for n, dim in zip(value, dims, strict=True)])
+            return torch.Size([TracedInt(n, dim, self.tracer) for n, dim in zip(value, dims, strict=True)])
         dim = dims[position[0]] if position else product(dims)
-        return TracedInt(value, dim, notify)
+        return TracedInt(value, dim, self.tracer)
 
 
 @contextmanager
@@ -294,5 +294,5 @@ def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
         stack.callback(_global_forward_hooks_with_kwargs.pop, handle.id)  # `remove` leaves it there in PyTorch 2.13
         stack.callback(handle.remove)
-        stack.enter_context(traced_attributes(model, tracer.read_value))
+        stack.enter_context(traced_attributes(model, tracer))
         yield

@@ -20,7 +20,7 @@ from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
 from secateur.structure.history import History, first_tensor
-from secateur.structure.provenance import Expression
+from secateur.structure.provenance import Attribute, Expression, Listener
 from secateur.structure.roles import Use
 
 
@@ -73,7 +73,7 @@ class Meaning:
 
 
 @dataclass
-class Tracer:
+class Tracer(Listener):
     """Everything that one traced run has said about the model's dims."""
 
     dims_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -81,6 +81,7 @@ class Tracer:
     meaning_of: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     constraints: list[Constraint] = field(default_factory=list)
     value_reads: list[tuple[Expression, str]] = field(default_factory=list)
+    compared: list[tuple[Attribute, Dim]] = field(default_factory=list)
     multiples: list[tuple[Dim, int, str]] = field(default_factory=list)
     followed: list[Tensor | None] = field(default_factory=list)
     chosen: list[tuple[Dim, int, str]] = field(default_factory=list)
@@ -245,6 +246,12 @@ class Tracer:
     def read_value(self, expression: Expression) -> None:
         """Say that the code uses a size as a number."""
         self.value_reads.append((expression, self.where()))
+
+    def find_equal(self, a: Expression, b: Expression) -> None:
+        """Say that the code has compared two integers that are equal: it may insist on that."""
+        for attribute, dim in ((a, b), (b, a)):
+            if isinstance(attribute, Attribute) and isinstance(dim, Dim):
+                self.compared.append((attribute, dim))
 
     # ------------------------------------------------------------------------- what operations do with dims
 

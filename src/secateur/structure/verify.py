@@ -1,4 +1,4 @@
-"""The proof of an analysis, by permutation.
+"""The proof of an analysis by permutation: one half of `Structure.verify`, beside the trial cut of `prove`.
 
 If an axis is right, then reordering its units by the same random permutation in every member tensor leaves the output
 unchanged. One forward pass with all axes permuted at once checks the whole analysis. It runs on re-drawn parameters,
@@ -8,7 +8,7 @@ because freshly initialized ones (zero scales, equal running statistics) hide er
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -35,14 +35,14 @@ class Verification:
 
     Attributes:
         max_error: Largest difference of the outputs, relative to the largest output.
-        ok: Whether that is at the level of rounding.
-        failed: The axes for which it is not.
+        ok: Whether that is at the level of rounding, and nothing has failed.
+        failed: The axes that could not be proved, each with what is wrong with it.
         reason: Why nothing could be proved, if that does not lie at an axis.
     """
 
     max_error: float
     ok: bool
-    failed: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -149,19 +149,11 @@ def _redraw_buffer(tensor: Tensor, dtype: torch.dtype, generator: torch.Generato
     return values.to(tensor.device, dtype)
 
 
-def verify_structure(model: nn.Module, structure: Structure, seed: int = 0) -> Verification:
+def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verification:
     """Permute all prunable axes at once and compare the outputs; on failure find out which axes are to blame.
 
     Runs in float32, and once more in float64 if rounding could explain the difference.
-
-    Raises:
-        InvalidInputs: The model is on the meta device.
     """
-    if any(tensor.is_meta for tensor in state_of(model).values()):
-        raise InvalidInputs(
-            "A model on the meta device has no values to verify an analysis with. Pass one with values, or a small "
-            "network of the same configuration: verify_by_twin(structure, twin, inputs)."
-        )
     names = [axis.name for axis in structure.prunable]
     return _decide(
         names, proof_dtypes(model), lambda subset, dtype: _permutation_error(model, structure, subset, dtype, seed)
@@ -214,8 +206,9 @@ def _decide(
     tolerance = PERMUTATION_TOLERANCE[torch.float64]
     if error([], torch.float64) > tolerance:
         reason = "with re-drawn parameters the model's output is random, not finite, or not to be had in float64"
-        return Verification(worst, ok=False, failed=tuple(names), reason=reason)
-    return Verification(worst, ok=False, failed=tuple(_culprits(names, tolerance, error)))
+        return Verification(worst, ok=False, failed=dict.fromkeys(names, reason), reason=reason)
+    culprits = _culprits(names, tolerance, error)
+    return Verification(worst, ok=False, failed=dict.fromkeys(culprits, "permuting it changed the output"))
 
 
 def _culprits(
