@@ -241,11 +241,12 @@ def test_a_network_that_amplifies_rounding_is_judged_where_it_does_not():
     structure = sc.trace(model, x)
     names = [axis.name for axis in structure.prunable]
     assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3
-    verification = structure.verify(model)
+    verification = permuted(model, structure)
     assert verification.ok and verification.max_error < 1e-10 and len(names) == 59
+    assert structure.verify(model).ok
     wrong = structure.tensors["scales.0"]
     structure.tensors["scales.0"], structure.tensors["scales.1"] = structure.tensors["scales.1"], wrong
-    assert not structure.verify(model).ok
+    assert not permuted(model, structure).ok and not structure.verify(model).ok
 
 
 class Mixed(nn.Module):
@@ -324,3 +325,14 @@ def test_a_deep_residual_stack_is_verified_in_float32():
     first, second = "1.layers.1.weight", "1.layers.4.weight"  # the earliest mistake still shows
     structure.tensors[first], structure.tensors[second] = structure.tensors[second], structure.tensors[first]
     assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3
+
+
+def test_a_trial_cut_keeps_an_odd_number_of_units_where_it_can():
+    model = nn.Sequential(*(layer for n in (2, 3, 4, 8, 17) for layer in (nn.Linear(5, n), nn.Linear(n, 5))))
+    structure = sc.trace(model.eval(), torch.randn(3, 5))
+    sizes = {axis.name: axis.size for axis in structure.prunable if axis.size != 5}
+    kept = half_of_each(structure, list(sizes), 0)
+    assert {sizes[name]: int(mask.sum()) for name, mask in kept.items()} == {2: 2, 3: 2, 4: 3, 8: 5, 17: 9}
+    stepped = dataclasses.replace(structure, steps=dict.fromkeys(sizes, 4), least=dict.fromkeys(sizes, 9))
+    eight = next(name for name, size in sizes.items() if size == 17)
+    assert int(half_of_each(stepped, [eight], 0)[eight].sum()) == 12  # three steps of four: nine must stay

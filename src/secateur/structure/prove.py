@@ -268,13 +268,17 @@ def _kind(members: tuple[str, ...]) -> str:
 
 
 def half_of_each(structure: Structure, names: list[str], seed: int) -> dict[str, torch.Tensor]:
-    """Return a random half of the units of each axis, but no less than `FEWEST`, and as many as it must keep."""
+    """Return about half of the units of each axis, at random, but no less than `FEWEST`, and as many as it must keep.
+
+    An odd number where possible: it shows what takes no other sizes than multiples of two or eight.
+    """
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for name in names:
         size, step = structure.axis(name).size, structure.steps.get(name, 1)
         kept[name] = torch.zeros(size, dtype=torch.bool)
-        fewest = min(FEWEST, size // step)
-        events = max(size // step // 2, fewest, -(-structure.least.get(name, 1) // step))
+        most = size // step
+        events = max(most // 2, min(FEWEST, most), -(-structure.least.get(name, 1) // step))
+        events += events % 2 == 0 and events + 1 < most
         kept[name][torch.randperm(size, generator=generator)[: step * events]] = True
     return kept

@@ -37,7 +37,7 @@ tracing = importlib.import_module("secateur.structure.trace")  # the package has
 VERDICTS = ("verify", "proof", "cost", "silent", "freer", "frozen", "stumbles", "same")
 """What became of a mutant.
 
-Caught: by `verify`; only by the proof of a trial cut; only by counting multiply-adds. A silent one allows a cut that
+Caught: by `verify`; only by the proof of another cut; only by counting multiply-adds. A silent one allows a cut that
 nothing has refused and nothing has shown to be right. The others did no harm: one allows cuts that the sound rules
 refuse, but which are right; one allows fewer cuts; one raises an error, which freezes what the operation touches; one
 says the same.
@@ -123,19 +123,20 @@ def text_of(structure: sc.Structure) -> str:
 # --------------------------------------------------------------------------------------------------------- verdicts
 
 
-def verdict(mutant: Mutant, most: int, thorough: bool) -> tuple[str, str]:
-    """Return the best verdict on a mutant, and the network that gave it.
+FIRST = 10
+"""So many networks are looked at first, spread over all that reach a rule; the others where those catch nothing."""
 
-    Looks at `most` networks; if thorough, also at all others where those see no difference.
-    """
+
+def verdict(mutant: Mutant) -> tuple[str, str]:
+    """Return the best verdict on a mutant, and the network that gave it."""
     reaching = [f for f in fixtures() if any((mutant.file, line) in f.lines for line in mutant.lines)]
     reaching.sort(key=lambda fixture: len(fixture.lines))  # those that run little else first
-    step = max(1, -(-len(reaching) // most))
+    step = max(1, -(-len(reaching) // FIRST))
     first = _verdict(mutant, reaching[::step])
-    rest = [fixture for i, fixture in enumerate(reaching) if i % step]
-    return (
-        first if first[0] in CAUGHT else min(first, _verdict(mutant, rest), key=lambda found: VERDICTS.index(found[0]))
-    )
+    if first[0] in CAUGHT:
+        return first
+    rest = _verdict(mutant, [fixture for i, fixture in enumerate(reaching) if i % step])
+    return min(first, rest, key=lambda found: VERDICTS.index(found[0]))
 
 
 def _verdict(mutant: Mutant, networks: list[Fixture]) -> tuple[str, str]:

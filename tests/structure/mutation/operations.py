@@ -384,6 +384,13 @@ def image_cases(b: int, n: int, c: int, d: int, all_units: bool) -> Iterator[Cas
     yield name, model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 
 
+def _turned(self: Any, hidden: Tensor) -> Tensor:
+    """Rotary embeddings of a part of the units, as complex numbers."""
+    plain, rotary = hidden.split([self.plain, hidden.shape[-1] - self.plain], -1)
+    numbers = torch.view_as_complex(rotary.reshape(*rotary.shape[:-1], -1, 2))
+    return torch.cat([plain, torch.view_as_real(numbers * self.turn).flatten(-2)], -1)
+
+
 def cases() -> Iterator[Case]:
     """All cases in float64, in eval mode; the last number keeps each name apart."""
     with torch.random.fork_rng(devices=[]):
@@ -406,6 +413,10 @@ def cases() -> Iterator[Case]:
                 nn.Linear(3, width), lambda s, h: torch._grouped_mm(h, s.w, offs=s.ends), nn.Linear(out, 3), **more
             )
             yield f"grouped matmul {i}", grouped.eval(), torch.randn(8, 3)
+        for i, plain in enumerate([6, 4]):
+            turn = nn.Parameter(torch.polar(torch.ones(2), torch.randn(2)), requires_grad=False)
+            rotary = Model(nn.Linear(3, plain + 4), _turned, nn.Linear(plain + 4, 3), plain=plain, turn=turn)
+            yield f"rotary {i}", rotary.double().eval(), torch.randn(4, 3, dtype=torch.float64)
         for i, units in enumerate([5, 8]):
             for name, function in (("experts", _experts), ("experts by literals", _experts_by_literals)):
                 weights = {"w": nn.Parameter(torch.randn(units, 8, 8)), "bias": nn.Parameter(torch.randn(units, 8))}

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor
 
 from secateur.structure.calls import expand_sizes, expanded_like, size_argument, slice_bounds, split_sizes, view_sizes
-from secateur.structure.dims import Dim, concat, is_frozen, leaf, product, split
+from secateur.structure.dims import Dim, concat, factors, is_frozen, leaf, product, split
 from secateur.structure.rules import rule
 from secateur.structure.tracer import OpCall, Tracer
 
@@ -168,6 +168,25 @@ def stack(call: OpCall) -> None:
             tracer.unify(a, b)
     dims.insert(call["dim"] % call.out.dim(), leaf(len(tensors), "stacked tensors"))
     tracer.set(call.out, dims)
+
+
+@rule("view_as_complex")
+def view_as_complex(call: OpCall) -> None:
+    """Neighbors become one number: a piece of a wider tensor, and each of its rows, must begin at an even place."""
+    tracer, source = call.tracer, call["self"]
+    wider = [] if source._base is None else factors(tracer.dims(source._base)[-1])
+    for factor in wider:
+        if factor.op == "+":
+            tracer.keep_multiple(factor, 2)
+    tracer.freeze(tracer.dims(source)[-1:], "real and imaginary part")
+    tracer.set(call.out, tracer.dims(source)[:-1])
+
+
+@rule("view_as_real")
+def view_as_real(call: OpCall) -> None:
+    """A complex number is a pair."""
+    tracer = call.tracer
+    tracer.set(call.out, [*tracer.dims(call["self"]), leaf(2, "real and imaginary part")])
 
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
