@@ -740,3 +740,28 @@ def test_group_norm_over_units_in_space():
     layers = nn.Linear(6, 12), nn.Unflatten(2, (3, 4)), nn.GroupNorm(2, 4), nn.Flatten(2), nn.Linear(12, 3)
     model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 4, 6, dtype=torch.float64)
     assert sorted(free(proved_structure(model, x)).values()) == [3, 4]
+
+
+class ComplexRotary(nn.Module):
+    """Turns the last units of a projection as complex numbers: a view that begins where the plain units end."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain, self.rotary = plain, 4
+        self.a, self.b = nn.Linear(5, plain + 4), nn.Linear(plain + 4, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(2), torch.tensor([0.3, 1.2])))
+
+    def forward(self, x):
+        plain, rotary = self.a(x).split([self.plain, self.rotary], -1)
+        numbers = torch.view_as_complex(rotary.reshape(*rotary.shape[:-1], -1, 2)) * self.turn
+        return self.b(torch.cat([plain, torch.view_as_real(numbers).flatten(-2)], -1))
+
+
+def test_units_beside_complex_rotary_embeddings_are_cut_in_pairs():
+    model, x = ComplexRotary(plain=6).eval(), torch.randn(2, 4, 5)
+    structure = sc.trace(model, x)
+    assert structure.verify(model).ok
+    assert {axis.name: axis.size for axis in structure.prunable} == {"a[plain]": 6}
+    assert structure.steps == {"a[plain]": 2}  # an odd number would move the pairs to odd places, which no view takes
+    pruned = sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.9))
+    assert pruned.model.plain == 4 and pruned.model.rotary == 4 and pruned.model.a.out_features == 8

@@ -334,5 +334,5 @@ def test_a_trial_cut_keeps_an_odd_number_of_units_where_it_can():
     kept = half_of_each(structure, list(sizes), 0)
     assert {sizes[name]: int(mask.sum()) for name, mask in kept.items()} == {2: 2, 3: 2, 4: 3, 8: 5, 17: 9}
     stepped = dataclasses.replace(structure, steps=dict.fromkeys(sizes, 4), least=dict.fromkeys(sizes, 9))
-    eight = next(name for name, size in sizes.items() if size == 17)
-    assert int(half_of_each(stepped, [eight], 0)[eight].sum()) == 12  # three steps of four: nine must stay
+    widest = next(name for name, size in sizes.items() if size == 17)
+    assert int(half_of_each(stepped, [widest], 0)[widest].sum()) == 12  # three steps of four: nine must stay

@@ -32,18 +32,15 @@ FEWEST_IN_ORDER = 4
 
 def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> tuple[Verification, Structure]:
     """Return the proof of a cut; if it fails, also the structure with the axes frozen that are to blame."""
-    errors = _cut_errors(model, structure, kept, seed)
-    proof = _judged(errors)
-    if proof.ok:
-        return proof, structure
     cut = [name for name, mask in kept.items() if not bool(mask.all())]
     whole = {name: torch.ones_like(mask) for name, mask in kept.items()}
 
     def cut_of(names: list[str]) -> Kept:
         return {**whole, **{name: kept[name] for name in names}}
 
-    failed = _Search(model, structure, cut_of, seed, errors).culprits(_with_ties(structure, cut))
-    return proof, structure.frozen(dict.fromkeys(failed, "a cut could not be proved equal to the masked network"))
+    wrong = "a cut could not be proved equal to the masked network"
+    proof = _each_cut(model, structure, cut_of, _with_ties(structure, cut), wrong, seed)
+    return proof, structure.frozen(proof.failed)
 
 
 def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> Verification:
