@@ -40,7 +40,7 @@ def proved_keep(model: nn.Module, structure: Structure, kept: Kept, seed: int = 
 
     wrong = "a cut could not be proved equal to the masked network"
     proof = _each_cut(model, structure, cut_of, _with_ties(structure, cut), wrong, seed)
-    return proof, structure.frozen(proof.failed)
+    return proof, structure if proof.ok else structure.frozen(proof.failed)
 
 
 def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0) -> Verification:
