@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import half_of_each, prove_cut, proved_structure, proved_with_the_analysis
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import _permutation_error, permuted, random_cycle, redraw
+from secateur.structure.verify import _groups, _Outputs, permuted, random_cycle, redraw
 from secateur.testing.toys import toy
 
 
@@ -214,6 +214,30 @@ def test_frozen_spreads_over_ties():
     assert len(axes) == len(frozen.axes)
 
 
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_two_narrow_axes_that_are_one_are_told_apart(monkeypatch, width):
+    """Two units have one order that is not their own, three have two: by chance both halves of an axis agree."""
+    model = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
+    sound = sc.trace(model.eval(), torch.randn(3, 5))
+    monkeypatch.setitem(rules.all_rules(), "relu", _forget_to_unify)
+    broken = sc.trace(model, torch.randn(3, 5))
+    assert [len(structure.prunable) for structure in (sound, broken)] == [2, 3]
+    for seed in range(8):
+        assert sound.verify(model, seed).ok
+        verification = broken.verify(model, seed)
+        assert not verification.ok and set(verification.failed) == {"0", "2:1"}
+
+
+@pytest.mark.parametrize("narrow", [0, 1, 2, 3, 7, 8, 15, 40])
+def test_no_two_neighbours_among_narrow_axes_are_always_permuted_together(narrow):
+    axes = [sc.Axis(f"{i}", 2 + 7 * (i >= narrow), (), True, "", "", leaf(2)) for i in range(narrow + 3)]
+    groups = _groups(axes)
+    of = [tuple(axis.name in group for group in groups) for axis in axes]
+    assert all(map(any, of)) and len(groups) == max(1, min(narrow, 15).bit_length())
+    for start in range(narrow):
+        assert len(set(of[start : min(start + 15, narrow)])) == min(15, narrow - start)
+
+
 def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 3, 10):
@@ -240,7 +264,7 @@ def test_a_network_that_amplifies_rounding_is_judged_where_it_does_not():
     model, x = Chaotic().eval(), torch.randn(4, 8)
     structure = sc.trace(model, x)
     names = [axis.name for axis in structure.prunable]
-    assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3
+    assert _Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
     verification = permuted(model, structure)
     assert verification.ok and verification.max_error < 1e-10 and len(names) == 59
     assert structure.verify(model).ok
@@ -321,10 +345,10 @@ def test_a_deep_residual_stack_is_verified_in_float32():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block() for _ in range(192)), nn.Conv2d(8, 2, 1)).eval()
     structure = sc.trace(model, torch.randn(1, 3, 4, 4))
     names = [axis.name for axis in structure.prunable]
-    assert _permutation_error(model, structure, names, torch.float32, 0) < 1e-5
+    assert _Outputs(model, structure, 0).error_with(names, torch.float32) < 1e-5
     first, second = "1.layers.1.weight", "1.layers.4.weight"  # the earliest mistake still shows
     structure.tensors[first], structure.tensors[second] = structure.tensors[second], structure.tensors[first]
-    assert _permutation_error(model, structure, names, torch.float32, 0) > 1e-3
+    assert _Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
 
 
 def test_a_trial_cut_keeps_an_odd_number_of_units_where_it_can():

@@ -60,7 +60,7 @@ _COMPUTED = frozenset(
     "batch_norm instance_norm layer_norm group_norm normalize dropout softmax expand_as view_as broadcast_to "
     "broadcast_tensors contiguous clone to float double squeeze unsqueeze prelu outer ger reshape_as pixel_shuffle "
     "pixel_unshuffle channel_shuffle multi_head_attention_forward repeat_interleave interpolate lstm gru rnn_tanh "
-    "rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell cdist cosine_similarity instance_norm".split()
+    "rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell cdist cosine_similarity __setitem__".split()
 )
 
 

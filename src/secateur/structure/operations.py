@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 
 @cache
 def operation_name(func: Any) -> str:
@@ -32,3 +34,12 @@ def rebind(func: Any, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str,
     arguments = func._schema.arguments
     args = tuple(bound[a.name] for a in arguments if not a.kwarg_only)
     return args, {a.name: bound[a.name] for a in arguments if a.kwarg_only}
+
+
+def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes to in place."""
+    if not func._schema.is_mutable:
+        return []
+    bound = bind(func, args, kwargs)
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [bound[name] for name in written if isinstance(bound[name], Tensor)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.surgery import apply_plan, make_plan, skeleton
 from secateur.structure.trace import trace
-from secateur.structure.verify import Verification, permuted, proof_dtypes, random_cycle, redraw
+from secateur.structure.verify import Verification, draws, permuted, proof_dtypes, random_cycle, redraw
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -80,21 +80,37 @@ def _cut_errors(
         apply_plan(small, plan)
     except PlanMismatch:
         return {dtypes[0]: float("inf")}
+    pair = _Pair(model, small, structure, kept, plan, orders or {})
     for dtype in dtypes:
-        with undisturbed(model):
-            state = redraw(model, structure, dtype, seed)
-        inputs = structure.inputs.to(dtype)
-        try:  # one after the other: where the model draws random numbers, both draw the same
-            with undisturbed(small):
-                found = call_with_state(small, _sliced(state, structure, plan, orders or {}), inputs)
-            with undisturbed(model):
-                expected = run_masked(model, structure, kept, state, inputs)
-            errors[dtype] = relative_error(found, expected)
-        except SecateurError:
-            errors[dtype] = float("inf")
+        errors[dtype] = max(pair.error(dtype, draw) for draw in draws(structure, seed))
         if errors[dtype] <= TOLERANCE[dtype] or errors[dtype] == float("inf"):
             break
     return errors
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A cut network beside the masked one."""
+
+    model: nn.Module
+    small: nn.Module
+    structure: Structure
+    kept: Kept
+    plan: Plan
+    orders: Mapping[Dim, Tensor]
+
+    def error(self, dtype: torch.dtype, seed: int) -> float:
+        """Return by how much they differ on re-drawn parameters; infinite if one of them does not run."""
+        with undisturbed(self.model):
+            state = redraw(self.model, self.structure, dtype, seed)
+        inputs = self.structure.inputs.to(dtype)
+        try:  # one after the other: where the model draws random numbers, both draw the same
+            with undisturbed(self.small):
+                remaining = _sliced(state, self.structure, self.plan, self.orders)
+                found = call_with_state(self.small, remaining, inputs)
+            return relative_error(found, run_masked(self.model, self.structure, self.kept, state, inputs))
+        except SecateurError:
+            return float("inf")
 
 
 def _sliced(

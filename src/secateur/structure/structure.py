@@ -59,6 +59,7 @@ class Structure:
         tensors: The dims of every parameter and buffer.
         attributes: Integer attributes that are the size of a dim.
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
+        reads_values: Whether the code looked at values that depend on the inputs, so that it may take other paths.
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
         parameters: Names of the parameters; the other tensors are buffers.
@@ -77,6 +78,7 @@ class Structure:
     tensors: Mapping[str, tuple[Dim, ...]]
     attributes: Mapping[Attribute, Dim]
     path: tuple[tuple[str, tuple[Site, ...]], ...]
+    reads_values: bool
     consumers: Mapping[str, tuple[Dim, ...]]
     multiply_adds: tuple[tuple[Dim, ...], ...]
     parameters: frozenset[str]

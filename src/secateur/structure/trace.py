@@ -95,7 +95,7 @@ def _traced(model: nn.Module, inputs: Inputs, leave_out: bool) -> Structure | No
         for tensor in given.tensors():
             tracer.fresh(tensor, "input")
         tracer.history.begin(given.tensors())
-        with _followed(model, tracer), _FunctionMode(tracer, products), _OperationMode(tracer, products):
+        with followed(model, tracer), FunctionMode(tracer, products), _OperationMode(tracer, products):
             output = call_with_state(model, state, given)
         if products is not None and products.missed:
             return None
@@ -186,7 +186,7 @@ def _trace_again(
         for tensor in inputs.tensors():
             listener.fresh(tensor, "input")
         try:
-            with _followed(model, listener), _FunctionMode(listener), _OperationMode(listener):
+            with followed(model, listener), FunctionMode(listener), _OperationMode(listener):
                 return output_tensors(call_with_state(model, state, inputs))
         except InvalidInputs:
             return []
@@ -229,7 +229,7 @@ class _OperationMode(TorchDispatchMode):
         return result
 
 
-class _FunctionMode(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
     """Remembers which Python call is running, and lets sizes that the code reads remember their dim."""
 
     def __init__(self, tracer: Tracer, products: Products | None = None) -> None:
@@ -271,7 +271,7 @@ class _FunctionMode(TorchFunctionMode):
 
 
 @contextmanager
-def _followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+def followed(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Know the running module, see through the Python functions of ``torch.nn.functional``, follow attributes."""
     names = {module: name for name, module in modules_of(model)}
 

@@ -1,0 +1,125 @@
+"""The masked network where the path depends on values, so that what consumes units is known only as it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.errors import InvalidInputs
+from secateur.structure import verify
+from secateur.structure.inputs import Inputs, relative_error, state_of
+from secateur.structure.masked import run_masked
+from secateur.structure.prove import prove_cut
+
+
+class Routed(nn.Module):
+    """Runs the experts that any row chooses, one after the other, and no others."""
+
+    def __init__(self, experts=4) -> None:
+        super().__init__()
+        self.embed, self.route = nn.Linear(5, 8), nn.Linear(8, experts)
+        self.up = nn.ModuleList(nn.Linear(8, 6 + i) for i in range(experts))
+        self.down = nn.ModuleList(nn.Linear(6 + i, 8) for i in range(experts))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.embed(x)
+        chosen = self.route(y).argmax(-1)
+        out = torch.zeros_like(y)
+        for i in chosen.unique().tolist():
+            out[chosen == i] = self.down[i](self.up[i](y[chosen == i]).relu_())
+        return self.head(self.norm(y.add_(out)))
+
+
+@pytest.fixture
+def routed():
+    torch.manual_seed(0)
+    return Routed().eval(), torch.randn(9, 5)
+
+
+def zeroed(model, x, hidden):
+    """Return the output with hidden units of the experts multiplied by zero; written out by hand."""
+    y = model.embed(x)
+    chosen = model.route(y).argmax(-1)
+    rows = [model.down[i](model.up[i](row).relu() * hidden[i]) for row, i in zip(y, chosen.tolist(), strict=True)]
+    return model.head(model.norm(y + torch.stack(rows))), chosen
+
+
+def test_units_are_masked_on_a_path_that_was_not_traced(routed):
+    model, x = routed
+    structure = sc.trace(model, x)
+    kept = {f"up.{i}": torch.arange(6 + i) % 2 == 0 for i in range(4)}
+    assert all(structure.axis(name).prunable for name in kept)
+    paths = set()
+    for seed in range(6):
+        other = 4 * torch.randn(9 - seed, 5, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            expected, chosen = zeroed(model, other, list(kept.values()))
+            found = run_masked(model, structure, kept, state_of(model), Inputs((other,), {}))
+        assert relative_error(found, expected) < 1e-6
+        assert relative_error(found, model(other)) > 1e-3
+        paths.add(tuple(chosen.unique().tolist()))
+    assert len(paths) > 2
+
+
+def test_cuts_are_proved_where_the_path_depends_on_values(routed):
+    model, x = routed
+    structure = sc.trace(model, x)
+    widths = {axis.name for axis in structure.prunable}
+    assert widths >= {"embed", *(f"up.{i}" for i in range(4))}
+    for seed in range(4):  # other weights, other paths
+        assert structure.verify(model, seed).ok
+        assert prove_cut(model, structure, {"embed": torch.arange(8) < 5, "up.2": torch.arange(8) > 4}, seed).ok
+    pruned = sc.prune(model, x, granularity="channel", budget=sc.Budget(params=0.6))
+    assert pruned.proofs[-1].ok and pruned.after.params <= 0.6 * pruned.before.params
+    assert pruned.model(x).shape == (9, 3)
+
+
+def test_several_draws_reach_a_wrong_expert(routed, monkeypatch):
+    model, x = routed
+    structure = sc.trace(model, x)
+    tensors = structure.tensors
+    tensors["up.1.weight"] = (tensors["up.1.weight"][0], structure.axis("up.2").leaf)  # wrong; both have eight units
+    proofs = [structure.verify(model, seed) for seed in range(6)]
+    assert not any(proof.ok for proof in proofs)
+    assert all(set(proof.failed) <= {"embed", "up.1", "up.2"} for proof in proofs)
+    monkeypatch.setattr(verify, "DRAWS", 1)
+    assert any(structure.verify(model, seed).ok for seed in range(6))  # one draw takes one path
+
+
+def test_the_structure_is_as_it_was_after_a_masked_run(routed):
+    model, x = routed
+    structure = sc.trace(model, x)
+    before = repr(structure.tensors), [axis.reason for axis in structure.axes]
+    run_masked(model, structure, {"embed": torch.arange(8) < 5}, state_of(model), Inputs((-x,), {}))
+    assert (repr(structure.tensors), [axis.reason for axis in structure.axes]) == before
+    assert all(axis.leaf.find() is axis.leaf for axis in structure.axes)
+
+
+class Joined(nn.Module):
+    """Adds two layers up where the inputs are positive: on the other path they have nothing to do with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.c, self.d = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        a, b = self.a(x).relu(), self.b(x).relu()
+        if bool((x > 0).all()):
+            a = (a + b).softmax(-1)
+        return self.c(a) + self.d(b)
+
+
+def test_a_path_that_makes_two_axes_one_is_refused():
+    model, x = Joined().eval(), torch.rand(3, 4)
+    structure = sc.trace(model, -x)
+    assert {axis.name for axis in structure.prunable} == {"a", "b"}
+    kept = {"a": torch.arange(8) < 4, "b": torch.arange(8) >= 4}
+    with torch.no_grad():
+        same_path = run_masked(model, structure, kept, state_of(model), Inputs((-2 * x,), {}))
+        assert same_path.shape == (3, 3)
+        with pytest.raises(InvalidInputs, match="other axes"):
+            run_masked(model, structure, kept, state_of(model), Inputs((x,), {}))
