@@ -81,8 +81,9 @@ def test_show_says_what_is_refused_and_what_is_not_official(results):
 
 def test_show_compares_with_the_controls_that_are_asked_for(results):
     def columns(*against):
-        line = invoke("show", "digits/resnet8", "--results", results, *against).stdout.split("\n")[1]
-        return line.split()[line.split().index("speedup") + 1 :]
+        lines = invoke("show", "digits/resnet8", "--results", results, *against).stdout.split("\n")
+        headings = max((line.split() for line in lines if line.startswith("arm ")), key=len)
+        return headings[headings.index("speedup") + 1 :]
 
     assert columns() == ["random", "scratch-e"]
     assert columns("--against", "scratch") == ["scratch-e", "scratch-b"]
@@ -91,6 +92,17 @@ def test_show_compares_with_the_controls_that_are_asked_for(results):
     assert "+1.00 ▲" in next(line for line in text.split("\n") if line.startswith("taylor "))
     with pytest.raises(UnknownName, match=r"control .* 'scrath'.*Did you mean 'scratch'\? Known: .*random, scratch,"):
         invoke("show", "digits/resnet8", "--results", results, "--against", "random,scrath")
+
+
+def test_show_has_the_columns_in_which_something_stands_and_whole_names(results):
+    long = "a-variant-of-taylor-with-a-long-name+shuffled"
+    for seed in range(3):
+        run = next(r for r in RUNS if r.arm == "taylor" and r.seed == seed)
+        Store(results).publish(make_record(run.model_copy(update={"arm": long})))
+    lines = invoke("show", "digits/resnet8", "--results", results).stdout.split("\n")
+    assert any(line.startswith(long) for line in lines)
+    dense = next(i for i, line in enumerate(lines) if line.startswith("dense"))
+    assert "rank" not in lines[dense - 1] and "random" not in lines[dense - 1]
 
 
 def test_a_run_builds_the_pages_on_demand(results, tmp_path):

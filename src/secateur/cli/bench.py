@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -200,12 +200,8 @@ def _show_rows(name: str, results: Path, against: str = AGAINST) -> None:
     masked = any(row.effective_sparsity is not None for row in rows)
     for (units, budget), group in groupby(rows, key=lambda row: (row.granularity, row.budget)):
         title = f"{units}, {budget}" if budget else benchmark.title
-        table = Table("arm", title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for heading in ("rank", "accuracy", "MACs", *(["effective"] if masked else []), "speedup", *controls):
-            table.add_column(heading, justify="right")
-        for row in group:
-            table.add_row(*_cells(row, benchmark, controls, masked))
-        console.print(table)
+        console.print(title, style="bold", highlight=False, markup=False)
+        console.print(_table([_cells(row, benchmark, controls) for row in group]))
     for row in rows:
         if not row.official:
             label = " ".join(filter(None, (row.arm, row.granularity, row.budget)))
@@ -226,20 +222,31 @@ def _controls(benchmark: Benchmark, against: str) -> list[str]:
     return list(found)
 
 
-def _cells(row: Row, benchmark: Benchmark, controls: Sequence[str], masked: bool) -> list[str]:
+def _table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table of the columns in which something stands, with the names of the arms whole."""
+    table = Table(box=None, pad_edge=False)
+    headings = [heading for heading in max(rows, key=len) if any(row.get(heading) for row in rows)]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
+    for row in rows:
+        table.add_row(*(row.get(heading, "") for heading in headings))
+    return table
+
+
+def _cells(row: Row, benchmark: Benchmark, controls: Sequence[str]) -> dict[str, str]:
+    """Return what stands in the line of an arm, by the heading of the column."""
     if row.value is None:
-        return [row.arm, "", "failed"]
+        return {"arm": row.arm, "accuracy": "failed"}
     speedup = row.speedup(next(iter(benchmark.engines), ""))
-    effective = "" if row.effective_sparsity is None else f"{100 * row.effective_sparsity:.2f} %"
-    return [
-        row.arm,
-        "" if row.role == "dense" else str(row.rank),
-        f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f}",
-        f"{row.mean('effective_macs') / 1e6:.1f} M",
-        *([effective] if masked else []),
-        f"{speedup.mean:.2f}x" if speedup else "",
-        *(_points(row, control) for control in controls),
-    ]
+    return {
+        "arm": row.arm,
+        "rank": "" if row.role == "dense" else str(row.rank),
+        "accuracy": f"{100 * row.value.mean:.2f} ± {100 * row.value.half_width:.2f}",
+        "MACs": f"{row.mean('effective_macs') / 1e6:.1f} M",
+        "effective": "" if row.effective_sparsity is None else f"{100 * row.effective_sparsity:.2f} %",
+        "speedup": f"{speedup.mean:.2f}x" if speedup else "",
+        **{control: _points(row, control) for control in controls},
+    }
 
 
 def _points(row: Row, control: str) -> str:
