@@ -156,12 +156,26 @@ def test_a_pruner_goes_on_where_one_was_whose_first_cut_froze_an_axis(monkeypatc
     assert second._run.units.shapes == first._run.units.shapes
 
 
-def test_narrow_axes_are_proved_one_by_one_before_the_first_cut(monkeypatch):
+class Halved(nn.Module):
+    """Takes half of what it computes where the inputs say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.second(y / 2 if bool((x > 0).any()) else y)
+
+
+@pytest.mark.parametrize(
+    ("model", "times"), [(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)), 0), (Halved(), 1)]
+)
+def test_only_where_the_path_depends_on_values_is_the_analysis_proved_before_the_first_cut(monkeypatch, model, times):
     found = []
     monkeypatch.setattr(channel, "proved", lambda *args: found.append(args) or prove.proved(*args))
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    units = Channel().units(model, torch.randn(3, 5), Scope())
-    assert units.keep(every_second(units)) and len(found) == 1 and units.proofs[0].ok
+    units = Channel().units(model.eval(), torch.randn(3, 5), Scope())
+    assert units.keep(every_second(units)) and len(found) == times and units.proofs[0].ok
 
 
 def test_an_axis_that_no_parameter_consumes_is_taken_at_its_producers():

@@ -98,6 +98,30 @@ def test_the_structure_is_as_it_was_after_a_masked_run(routed):
     assert all(axis.leaf.find() is axis.leaf for axis in structure.axes)
 
 
+class Accumulated(nn.Module):
+    """Adds what an expert computes to a tensor in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.up = nn.Linear(5, 3), nn.ModuleList([nn.Linear(5, 8), nn.Linear(5, 8)])
+        self.down = nn.ParameterList(torch.randn(8, 3) for _ in range(2))
+
+    def forward(self, x):
+        i = int(x.sum() > 0)
+        return self.start(x).addmm_(self.up[i](x).relu(), self.down[i])
+
+
+def test_an_operation_in_place_happens_once():
+    model, x = Accumulated().eval(), torch.rand(4, 5)
+    structure = sc.trace(model, x)
+    kept = {"up.0": torch.arange(8) < 3, "up.1": torch.arange(8) > 3}
+    for inputs, i in ((x, 1), (-x, 0)):
+        with torch.no_grad():
+            found = run_masked(model, structure, kept, state_of(model), Inputs((inputs,), {}))
+            hidden = model.up[i](inputs).relu() * kept[f"up.{i}"]
+            assert relative_error(found, model.start(inputs) + hidden @ model.down[i]) < 1e-6
+
+
 class Joined(nn.Module):
     """Adds two layers up where the inputs are positive: on the other path they have nothing to do with each other."""
 

@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import half_of_each, prove_cut, proved_structure, proved_with_the_analysis
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import _groups, _Outputs, permuted, random_cycle, redraw
+from secateur.structure.verify import _Outputs, permuted, random_cycle, redraw, told_apart
 from secateur.testing.toys import toy
 
 
@@ -229,13 +229,13 @@ def test_two_narrow_axes_that_are_one_are_told_apart(monkeypatch, width):
 
 
 @pytest.mark.parametrize("narrow", [0, 1, 2, 3, 7, 8, 15, 40])
-def test_no_two_neighbours_among_narrow_axes_are_always_permuted_together(narrow):
-    axes = [sc.Axis(f"{i}", 2 + 7 * (i >= narrow), (), True, "", "", leaf(2)) for i in range(narrow + 3)]
-    groups = _groups(axes)
-    of = [tuple(axis.name in group for group in groups) for axis in axes]
-    assert all(map(any, of)) and len(groups) == max(1, min(narrow, 15).bit_length())
+def test_of_two_neighbours_among_narrow_axes_one_is_permuted_without_the_other(narrow):
+    names = [f"{i}" for i in range(narrow)]
+    groups = told_apart(names)
+    of = [tuple(name in group for group in groups) for name in names]
+    assert all(map(any, of)) and len(groups) == min(narrow, 15).bit_length()
     for start in range(narrow):
-        assert len(set(of[start : min(start + 15, narrow)])) == min(15, narrow - start)
+        assert len(set(of[start : start + 15])) == min(15, narrow - start)
 
 
 def test_no_unit_keeps_its_place_when_an_axis_is_permuted():
@@ -298,13 +298,24 @@ def test_a_trial_cut_in_another_order_shows_what_a_cut_does_not(monkeypatch):
     assert not proved_structure(model, x).prunable
 
 
-@pytest.mark.parametrize(("width", "enough"), [(7, False), (8, True)])
-def test_an_order_of_few_units_proves_nothing(width, enough):
-    model, x = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 2)).eval(), torch.randn(3, 5)
-    structure = sc.trace(model, x)
-    proof = proved_with_the_analysis(model, structure, half_of_each_axis(structure))
-    assert (proof is not None and proof.ok and 0 <= proof.max_error < 1e-5) is enough
-    assert [axis.size for axis in proved_structure(model, x).prunable] == [width]
+@pytest.mark.parametrize("width", [2, 3, 7, 8])
+@pytest.mark.parametrize("keep", [1, 2, 8])
+def test_a_cut_proves_the_analysis_of_narrow_axes_too(monkeypatch, width, keep):
+    model = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2)).eval()
+    sound = sc.trace(model, torch.randn(3, 5))
+    assert [axis.size for axis in sound.prunable] == [width, 9]
+    monkeypatch.setitem(rules.all_rules(), "relu", _forget_to_unify)
+    broken = sc.trace(model, torch.randn(3, 5))
+    assert len(broken.prunable) == 4
+    for seed in range(4):
+        proof, wrong = (
+            proved_with_the_analysis(
+                model, structure, {axis.name: torch.arange(axis.size) < keep for axis in structure.prunable}, seed
+            )
+            for structure in (sound, broken)
+        )
+        assert proof is not None and proof.ok and 0 <= proof.max_error < 1e-5
+        assert wrong is None  # the same units of both halves stay
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -20,7 +20,7 @@ from secateur.structure.dims import Dim, leaves, order_under
 from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 
 if TYPE_CHECKING:
-    from secateur.structure.structure import Axis, Structure
+    from secateur.structure.structure import Structure
 
 PERIOD = 131_071
 """After so many entries a re-drawn tensor repeats itself. A prime, so that no two slices along a dim are alike: drawing
@@ -165,13 +165,14 @@ NARROW = 8
 def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verification:
     """Permute the prunable axes, many at once, and compare the outputs; on failure find out which are to blame.
 
-    Runs in float32, and once more in float64 if rounding could explain the difference.
+    Wide axes are permuted all at once, narrow ones beside others that keep their order.
     """
-    outputs, dtypes = _Outputs(model, structure, seed), proof_dtypes(model)
     worst, failed = 0.0, dict[str, str]()
     while True:
         left = [axis for axis in structure.prunable if axis.name not in failed]
-        proofs = [_decide(names, dtypes, outputs.error_with) for names in _groups(left)]
+        groups = told_apart([axis.name for axis in left if axis.size < NARROW]) or [[]]
+        groups[0] += [axis.name for axis in left if axis.size >= NARROW]
+        proofs = permutations(model, structure, groups, seed)
         worst = max(worst, *(proof.max_error for proof in proofs))
         reason = proofs[0].reason
         if reason:
@@ -182,22 +183,31 @@ def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verificat
             return Verification(worst, ok=not failed, failed=failed)
 
 
+def permutations(
+    model: nn.Module, structure: Structure, groups: Iterable[Sequence[str]], seed: int = 0
+) -> list[Verification]:
+    """Permute the axes of each group, one group after the other; on failure find out which are to blame.
+
+    Runs in float32, and once more in float64 if rounding could explain the difference.
+    """
+    outputs = _Outputs(model, structure, seed)
+    return [_decide(names, proof_dtypes(model), outputs.error_with) for names in groups]
+
+
 NUMBERS = 15
 """So many narrow axes in a row are told apart, in four groups: the time must not grow faster than the network."""
 
 
-def _groups(axes: Sequence[Axis]) -> list[list[str]]:
-    """Return which axes are permuted at a time: wide ones all at once, narrow ones so that neighbours are told apart.
+def told_apart(narrow: Sequence[str]) -> list[list[str]]:
+    """Return a few groups of narrow axes, such that of two neighbours one at least is alone in one.
 
     Two axes that the analysis takes for different ones, wrongly, show only if they have different orders; and those of
-    two units have one order alone. Each narrow axis has a number, and each group those with a certain bit in it. Such a
-    pair stands in neighbouring layers.
+    two units have one order alone. Each axis has a number, and each group those with a certain bit in it. Such a pair
+    stands in neighbouring layers.
     """
-    narrow = {axis.name: 1 + i % NUMBERS for i, axis in enumerate(axis for axis in axes if axis.size < NARROW)}
-    bits = range(max(1, max(narrow.values(), default=0).bit_length()))
-    groups = [[name for name, number in narrow.items() if number >> bit & 1] for bit in bits]
-    groups[0] += [axis.name for axis in axes if axis.size >= NARROW]
-    return groups
+    numbers = {name: 1 + i % NUMBERS for i, name in enumerate(narrow)}
+    bits = range(max(numbers.values(), default=0).bit_length())
+    return [[name for name, number in numbers.items() if number >> bit & 1] for bit in bits]
 
 
 class _Outputs:
