@@ -190,3 +190,32 @@ def test_experts_whose_numbers_are_an_output_stay():
     torch.manual_seed(0)
     reason = by_role(sc.trace(Output(6, 2).eval(), torch.randn(20, 5)))["expert"].reason
     assert "the output says which unit it is" in reason
+
+
+class Skipping(nn.Module):
+    """Passes over the experts that no row has chosen: how many rows have is a shape."""
+
+    def __init__(self, experts=4) -> None:
+        super().__init__()
+        self.embed, self.route, self.head = nn.Linear(5, 8), nn.Linear(8, experts), nn.Linear(8, 3)
+        self.up = nn.ModuleList(nn.Linear(8, 8 + i) for i in range(experts))
+        self.down = nn.ModuleList(nn.Linear(8 + i, 8) for i in range(experts))
+
+    def forward(self, x):
+        y = self.embed(x)
+        chosen, out = self.route(y).argmax(-1), torch.zeros_like(y)
+        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            rows = y[chosen == i]
+            if rows.shape[0]:
+                out[chosen == i] = down(up(rows).relu())
+        return self.head(y + out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_are_passed_over_follow_a_cut(seed):
+    torch.manual_seed(seed)
+    model = Skipping().eval()
+    pruned = sc.prune(model, torch.randn(2, 5), granularity="channel", budget=sc.Budget(params=0.7), method="random")
+    assert pruned.model.embed.out_features < 8
+    for i in range(10):
+        assert pruned.model(4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(i))).shape == (6, 3)

@@ -75,3 +75,29 @@ def test_looking_at_the_inputs_alone_needs_no_products():
             return self.a(y if x.abs().sum() > 0 else y + 1)
 
     assert tracing._traced(Checked().eval(), as_inputs(torch.randn(4, 5)), leave_out=True) is not None
+
+
+class InPlace(nn.Module):
+    """Adds a product to what a layer has computed, in its place; computed for the sake of a number that is read."""
+
+    def __init__(self, read, batched) -> None:
+        super().__init__()
+        self.a, self.w, self.head = nn.Linear(4, 8), nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 3)
+        self.read, self.batched = read, batched
+
+    def forward(self, x):
+        y = self.a(x)
+        y = y[None].baddbmm_(x[None], self.w[None])[0] if self.batched else y.addmm_(x, self.w)
+        if self.read and bool(y.sum() > 1e9):
+            y = y * 1
+        return self.head(y)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_product_that_is_added_in_place_has_the_units_of_both(read, batched):
+    model = InPlace(read, batched).eval()
+    structure = sc.trace(model, torch.randn(3, 4))
+    (axis,) = structure.prunable
+    assert set(axis.members) == {("a.weight", 0), ("a.bias", 0), ("w", 1), ("head.weight", 1)}
+    assert structure.verify(model).ok

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secateur.errors import InvalidInputs
+from secateur.errors import InvalidInputs, StructureError
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,13 @@ def call_with_state(model: nn.Module, state: Mapping[str, Tensor], inputs: Input
 
     Raises:
         InvalidInputs: The model does not run on these inputs.
+        StructureError: Code that listens to the run has refused it.
     """
     try:
         with holding(model, state):
             return model(*inputs.args, **inputs.kwargs)
+    except StructureError:
+        raise
     except Exception as error:
         advice = "Pass inputs for which model(*inputs) works."
         if any(tensor.is_meta for tensor in state.values()):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import StructureError
 from secateur.structure.attention import opened_attention
 from secateur.structure.dims import Dim, mask_under
-from secateur.structure.inputs import Inputs, aliases_of, call_with_state, undisturbed
+from secateur.structure.inputs import Inputs, call_with_state, undisturbed
 from secateur.structure.operations import bind, operation_name, rebind, written_arguments
 from secateur.structure.references import REFERENCES, Masks, along
 from secateur.structure.rules import apply_rule
@@ -32,32 +32,36 @@ Absent = Mapping[str, tuple[Masks, float]]
 def run_masked(model: nn.Module, structure: Structure, kept: Kept, state: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """Return the output of the dense model with the given state when only the `kept` units take part.
 
-    Where units are consumed is known from the traced run. If the model's path depends on values, it may be another one
-    now, and the rules are asked again while it runs; they do not know where branches end, so where one is dropped the
-    path must be the same.
+    Where units are consumed is known from the traced run. If the model's path depends on its parameters, it may be
+    another one now, and the rules are asked again while it runs. They do not know where branches end, so where one is
+    dropped the path must be the same; nor what later operations say of a tensor: one that the code makes and sums up
+    before it meets a layer's units is not masked, and a right cut is refused.
 
     Raises:
-        StructureError: The rules say more of this path than the structure holds.
-        InvalidInputs: The model does not run, or on another path than when it was traced.
+        StructureError: The rules say more of this path than the structure holds, or it is not the traced one.
+        InvalidInputs: The model does not run.
     """
-    drops = any(branch.name in kept for branch in structure.branches)
-    if structure.reads_values and not drops:
-        return _run_anew(model, structure.cut({}), kept, state, inputs)
-    with undisturbed(model), opened_attention(model), _AsTraced(structure, kept):
+    cut = {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    if structure.reads_values and not drops_branches(structure, cut):
+        return _run_anew(model, structure.cut({}), cut, state, inputs)
+    with undisturbed(model), opened_attention(model), _AsTraced(structure, cut):
         return call_with_state(model, state, inputs)
+
+
+def drops_branches(structure: Structure, kept: Kept) -> bool:
+    """Return whether a cut drops residual branches."""
+    return any(not bool(kept[branch.name].all()) for branch in structure.branches if branch.name in kept)
 
 
 def _run_anew(model: nn.Module, structure: Structure, kept: Kept, state: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """Do the same on a path that was not traced; what the rules say binds the dims of `structure`."""
     tracer = Tracer()
-    as_it_runs = _AsItRuns(tracer, structure.masks(kept))
-    aliases, _ = aliases_of(model)
     for name, tensor in state.items():
         tracer.set(tensor, structure.tensors[name])
-        tracer.parameter_of[tensor] = aliases.get(name, name)
+        tracer.parameter_of[tensor] = name
     for tensor in inputs.tensors():
         tracer.fresh(tensor, "input")
-    tracer.history.begin(inputs.tensors())
+    as_it_runs = _AsItRuns(tracer, structure.masks(kept))
     with undisturbed(model), opened_attention(model), followed(model, tracer), FunctionMode(tracer), as_it_runs:
         output = call_with_state(model, state, inputs)
     as_it_runs.masks()
@@ -99,10 +103,9 @@ class _AsItRuns(TorchDispatchMode):
         before = [(tensor, tensor.clone()) for tensor in written_arguments(func, args, kwargs)]
         result = func(*args, **kwargs)
         self.tracer.operations.append(name)
-        call = OpCall(self.tracer, name, bind(func, args, kwargs), result)
-        apply_rule(call)
-        self.tracer.remember(call)
-        absent = _absent(self.tracer.sites.pop(len(self.tracer.operations) - 1, ()), self.masks())
+        apply_rule(OpCall(self.tracer, name, bind(func, args, kwargs), result))
+        sites = self.tracer.sites.pop(len(self.tracer.operations) - 1, ())
+        absent = _absent(sites, self.masks()) if sites else {}
         if not absent:
             return result
         for tensor, value in before:

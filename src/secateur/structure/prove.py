@@ -22,11 +22,13 @@ from secateur.structure.verify import (
     NARROW,
     Verification,
     draws,
+    noting_use,
     permutations,
     permuted,
     proof_dtypes,
     random_cycle,
     redraw,
+    to_use,
     told_apart,
 )
 
@@ -35,6 +37,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 FEWEST = 2
 """So many units of each axis stay in a trial cut at least: a single one is special (a size of one is broadcast, and
 code often takes another path for it), and what is true of it says little about the axis."""
+
+ALL = torch.ones(1, dtype=torch.bool)
 
 FEWEST_IN_ORDER = 4
 """So many units of an axis must stay in a cut for it to say something about their order, too.
@@ -96,7 +100,7 @@ def _cut_errors(
         return {dtypes[0]: float("inf")}
     pair = _Pair(model, small, structure, kept, plan, orders or {})
     for dtype in dtypes:
-        errors[dtype] = max(pair.error(dtype, draw) for draw in draws(structure, seed))
+        errors[dtype] = pair.error(dtype, seed)
         if errors[dtype] <= TOLERANCE[dtype] or errors[dtype] == float("inf"):
             break
     return errors
@@ -114,17 +118,38 @@ class _Pair:
     orders: Mapping[Dim, Tensor]
 
     def error(self, dtype: torch.dtype, seed: int) -> float:
-        """Return by how much they differ on re-drawn parameters; infinite if one of them does not run."""
+        """Return by how much they differ, at most, on re-drawn parameters.
+
+        Infinite if one of them does not run, or if no draw has used all that is cut.
+        """
+        cut = [axis.name for axis in self.structure.axes if not bool(self.kept.get(axis.name, ALL).all())]
+        worst, left = 0.0, to_use(self.structure, cut)
+        for draw in draws(self.structure, seed):
+            try:
+                error, used = self._error_on(dtype, draw)
+            except SecateurError:
+                return float("inf")
+            worst = max(worst, error)
+            left -= used
+            if not left or worst > TOLERANCE[dtype]:
+                return worst
+        return float("inf")
+
+    def _error_on(self, dtype: torch.dtype, seed: int) -> tuple[float, set[str]]:
+        """Return the error on one draw, and which tensors the masked network has used."""
         with undisturbed(self.model):
             state = redraw(self.model, self.structure, dtype, seed)
         inputs = self.structure.inputs.to(dtype)
-        try:  # one after the other: where the model draws random numbers, both draw the same
-            with undisturbed(self.small):
-                remaining = _sliced(state, self.structure, self.plan, self.orders)
-                found = call_with_state(self.small, remaining, inputs)
-            return relative_error(found, run_masked(self.model, self.structure, self.kept, state, inputs))
-        except SecateurError:
-            return float("inf")
+        with undisturbed(self.small):  # one after the other: where the model draws random numbers, both draw the same
+            found = call_with_state(self.small, self._remaining(state), inputs)
+        with noting_use(self.structure, state) as used:
+            expected = run_masked(self.model, self.structure, self.kept, state, inputs)
+        return relative_error(found, expected), used
+
+    def _remaining(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of the cut network, with buffers of its own: models write to them."""
+        remaining = _sliced(state, self.structure, self.plan, self.orders)
+        return {name: t if name in self.structure.parameters else t.clone() for name, t in remaining.items()}
 
 
 def _sliced(

@@ -43,7 +43,7 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         tensors={name: tuple(dims) for name, dims in tensors.items()},
         attributes=attributes,
         path=tuple((tracer.operations[i], tuple(tracer.sites.get(i, ()))) for i in path),
-        reads_values=tracer.reads_data,
+        reads_values=tracer.reads_values,
         consumers={name: tuple(dims) for name, dims in tracer.consumers.items()},
         multiply_adds=tuple(dims for costs in tracer.multiply_adds.values() for dims in costs),
         parameters=parameters,

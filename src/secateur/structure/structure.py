@@ -59,7 +59,7 @@ class Structure:
         tensors: The dims of every parameter and buffer.
         attributes: Integer attributes that are the size of a dim.
         path: The operations of the traced run that are of a kind that consumes units, and what each consumes, in order.
-        reads_values: Whether the code looked at values that depend on the inputs, so that it may take other paths.
+        reads_values: Whether the code looked at values that follow from parameters: others may take other paths.
         consumers: For parameters that are contracted, the dims that are summed over.
         multiply_adds: One tuple of dims per contraction; its cost is the product of their sizes.
         parameters: Names of the parameters; the other tensors are buffers.
@@ -139,6 +139,7 @@ class Structure:
             path=tuple((name, tuple(map(small_site, sites))) for name, sites in self.path),
             consumers={name: small(dims) for name, dims in self.consumers.items()},
             multiply_adds=tuple(map(small, self.multiply_adds)),
+            branches=tuple(replace(branch, leaf=shrunk(branch.leaf, sizes, done)) for branch in self.branches),
         )
 
     # ----------------------------------------------------------------------------------------- masks and slices
@@ -159,7 +160,7 @@ class Structure:
     def verify(self, model: nn.Module, seed: int = 0) -> Verification:
         """Return whether every prunable axis of `model` can be reordered and cut.
 
-        All axes are permuted at once, on random parameters, which must leave the output unchanged; and half of the
+        Axes are permuted, many at once, on random parameters, which must leave the output unchanged; and half of the
         units of each are cut, which must compute what the masked network does. `model` is left as it was.
 
         Args:

@@ -53,6 +53,9 @@ OTHER_RUNS = 16
 # Operations whose results let Python code take one path or another.
 _READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive"}
 
+# Operations whose results are as long as a mask has true entries, which the code can see.
+_SELECTS = {"index", "masked_select"}
+
 # Functions by which values leave PyTorch.
 _TAKES_OUT = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"}
 
@@ -224,6 +227,8 @@ class _OperationMode(TorchDispatchMode):
         self.tracer.use(call.tensors())
         if name in _READS:
             self.tracer.read_data(call.tensors())
+        elif name in _SELECTS:
+            self.tracer.read_data([tensor for tensor in call.tensors() if tensor.dtype == torch.bool])
         apply_rule(call)
         self.tracer.remember(call)
         return result

@@ -99,6 +99,8 @@ class Tracer(Listener):
     outputs: dict[str, list[Dim] | None] = field(default_factory=dict)
     training: bool = False
     reads_data: bool = False
+    reads_values: bool = False
+    computed: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     orders: Iterator[int] = field(default_factory=count)
 
     def listener(self, training: bool) -> Tracer:
@@ -212,6 +214,10 @@ class Tracer(Listener):
         tensors = list(tensors)
         self.keep_order(tensors, "the code looks at which unit it is")
         self.reads_data = self.reads_data or any(map(self.history.depends_on_inputs, tensors))
+        self.reads_values = self.reads_values or any(map(self._follows_from_state, tensors))
+
+    def _follows_from_state(self, tensor: Tensor) -> bool:
+        return tensor in self.computed or (tensor in self.parameter_of and tensor.is_floating_point())
 
     # -------------------------------------------------------------------------------------------- equations
 
@@ -287,6 +293,8 @@ class Tracer(Listener):
     def remember(self, call: OpCall) -> None:
         """Add an operation to the history; sums of two computed tensors of one shape may join branches."""
         self.history.add(call.tensors(), call.results())
+        if any(map(self._follows_from_state, call.tensors())):
+            self.computed.update((tensor, True) for tensor in call.results())
         if call.name == "add" and len(call.tensors()) == 2 and call["self"].shape == call["other"].shape:
             self.sums[len(self.history.values) - 1] = self.dims(call.out)
 

@@ -1,19 +1,22 @@
 """The proof of an analysis by permutation: one half of `Structure.verify`, beside the trial cut of `prove`.
 
 If an axis is right, then reordering its units by the same random permutation in every member tensor leaves the output
-unchanged. One forward pass with all axes permuted at once checks the whole analysis. It runs on re-drawn parameters,
-because freshly initialized ones (zero scales, equal running statistics) hide errors.
+unchanged. Where all axes are wide, one forward pass with all of them permuted at once checks the whole analysis. It
+runs on re-drawn parameters, because freshly initialized ones (zero scales, equal running statistics) hide errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InvalidInputs
 from secateur.structure.dims import Dim, leaves, order_under
@@ -55,13 +58,42 @@ def proof_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
     return (torch.float64,) if wide else (torch.float32, torch.float64)
 
 
-DRAWS = 4
-"""So many draws of the parameters are tried where the path depends on values, because each takes one path."""
+MOST_DRAWS = 16
+"""Where the path depends on parameters, each draw of them takes one; so many are tried until all that is in question
+has been used. What none of them has used is not proved."""
 
 
 def draws(structure: Structure, seed: int) -> range:
-    """Return the seeds of the draws that a proof tries."""
-    return range(seed, seed + (DRAWS if structure.reads_values else 1))
+    """Return the seeds of the draws that a proof may try; proofs of other seeds try others."""
+    return range(MOST_DRAWS * seed, MOST_DRAWS * seed + (MOST_DRAWS if structure.reads_values else 1))
+
+
+def to_use(structure: Structure, names: Iterable[str]) -> set[str]:
+    """Return the parameters that a proof of these axes must have used: none if there is one path alone."""
+    if not structure.reads_values:
+        return set()
+    axes = {structure.axis(name).leaf for name in names}
+    reached = structure.parameters.intersection(structure.order)
+    return {name for name in reached if any(node in axes for dim in structure.tensors[name] for node in leaves(dim))}
+
+
+@contextmanager
+def noting_use(structure: Structure, state: Mapping[str, Tensor]) -> Iterator[set[str]]:
+    """Note the names of the tensors of a state that arrive at an operation, if that depends on their values."""
+    used = set[str]()
+    with _Uses(state, used) if structure.reads_values else nullcontext():
+        yield used
+
+
+class _Uses(TorchDispatchMode):
+    def __init__(self, state: Mapping[str, Tensor], used: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name_of = {id(tensor): name for name, tensor in state.items()}
+        self.used = used
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.used.update(self.name_of[id(item)] for item in tree_leaves((args, kwargs)) if id(item) in self.name_of)
+        return func(*args, **(kwargs or {}))
 
 
 def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -174,7 +206,7 @@ def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verificat
         groups[0] += [axis.name for axis in left if axis.size >= NARROW]
         proofs = permutations(model, structure, groups, seed)
         worst = max(worst, *(proof.max_error for proof in proofs))
-        reason = proofs[0].reason
+        reason = next((proof.reason for proof in proofs if proof.reason), "")
         if reason:
             return Verification(worst, False, {axis.name: reason for axis in structure.prunable}, reason)
         found = {name: wrong for proof in proofs for name, wrong in proof.failed.items()}
@@ -191,7 +223,8 @@ def permutations(
     Runs in float32, and once more in float64 if rounding could explain the difference.
     """
     outputs = _Outputs(model, structure, seed)
-    return [_decide(names, proof_dtypes(model), outputs.error_with) for names in groups]
+    wrong = "permuting it changed the output" + (", or no draw has used all of it" if structure.reads_values else "")
+    return [_decide(names, proof_dtypes(model), outputs.error_with, wrong) for names in groups]
 
 
 NUMBERS = 15
@@ -215,27 +248,41 @@ class _Outputs:
 
     def __init__(self, model: nn.Module, structure: Structure, seed: int) -> None:
         self.model, self.structure, self.seed = model, structure, seed
-        self._plain: dict[tuple[torch.dtype, int], Any] = {}
+        self._plain: dict[tuple[torch.dtype, int], tuple[Any, set[str]]] = {}
 
     def error_with(self, names: Sequence[str], dtype: torch.dtype) -> float:
-        """Return the relative error of the output when these axes are permuted in every tensor that holds them."""
+        """Return the relative error of the output when these axes are permuted in every tensor that holds them.
+
+        Infinite if the model does not run, or if no draw has used all of these axes.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         sizes = {name: self.structure.axis(name).size for name in names}
         orders = {self.structure.axis(n).leaf: random_cycle(size, generator) for n, size in sizes.items()}
+        worst, left = 0.0, to_use(self.structure, names)
         try:
-            return max(self._error(orders, dtype, draw) for draw in draws(self.structure, self.seed))
+            for i, draw in enumerate(draws(self.structure, self.seed)):
+                expected, used = self._unpermuted(dtype, draw)
+                if i and not left & used:
+                    continue
+                worst = max(worst, relative_error(self._output(orders, dtype, draw)[0], expected))
+                left -= used
+                if not left:
+                    return worst
         except InvalidInputs:  # code that insists on one dtype
-            return float("inf")
+            pass
+        return float("inf")
 
-    def _error(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> float:
+    def _unpermuted(self, dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
         if (dtype, seed) not in self._plain:
             self._plain[dtype, seed] = self._output({}, dtype, seed)
-        return relative_error(self._output(orders, dtype, seed), self._plain[dtype, seed])
+        return self._plain[dtype, seed]
 
-    def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> Any:
+    def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
+        """Return the output, and which tensors it follows from."""
         with undisturbed(self.model):  # drawn anew each time: some models write to their state, or cache what follows
             state = _permute(redraw(self.model, self.structure, dtype, seed), self.structure, orders)
-            return call_with_state(self.model, state, self.structure.inputs.to(dtype))
+            with noting_use(self.structure, state) as used:
+                return call_with_state(self.model, state, self.structure.inputs.to(dtype)), used
 
 
 def random_cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -257,7 +304,10 @@ def _permute(state: dict[str, Tensor], structure: Structure, orders: Mapping[Dim
 
 
 def _decide(
-    names: Sequence[str], dtypes: Sequence[torch.dtype], error: Callable[[Sequence[str], torch.dtype], float]
+    names: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    error: Callable[[Sequence[str], torch.dtype], float],
+    wrong: str,
 ) -> Verification:
     """Try all axes in each type, then halves of them until each culprit stands alone."""
     worst = 0.0
@@ -270,7 +320,7 @@ def _decide(
         reason = "with re-drawn parameters the model's output is random, not finite, or not to be had in float64"
         return Verification(worst, ok=False, failed=dict.fromkeys(names, reason), reason=reason)
     culprits = _culprits(names, tolerance, error)
-    return Verification(worst, ok=False, failed=dict.fromkeys(culprits, "permuting it changed the output"))
+    return Verification(worst, ok=False, failed=dict.fromkeys(culprits, wrong))
 
 
 def _culprits(

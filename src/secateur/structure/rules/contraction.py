@@ -7,7 +7,7 @@ from torch import Tensor
 from secateur.structure.calls import size_argument
 from secateur.structure.dims import Dim, leaf, product
 from secateur.structure.rules import rule
-from secateur.structure.rules.elementwise import broadcast
+from secateur.structure.rules.elementwise import broadcast_dims
 from secateur.structure.tracer import OpCall, Tracer
 
 
@@ -48,15 +48,17 @@ def bmm(call: OpCall) -> None:
 @rule("addmm")
 def addmm(call: OpCall) -> None:
     """A bias plus (m, k) x (k, n)."""
+    bias = call.tracer.dims(call["self"])  # before it has those of the result: in place it is the result
     _matmul(call, "mat1", "mat2", batched=False)
-    broadcast(call.tracer, [call.out, call["self"]], 2)
+    broadcast_dims(call.tracer, [call.tracer.dims(call.out), bias], 2)
 
 
 @rule("baddbmm")
 def baddbmm(call: OpCall) -> None:
     """A bias plus (b, m, k) x (b, k, n)."""
+    bias = call.tracer.dims(call["self"])
     _matmul(call, "batch1", "batch2", batched=True)
-    broadcast(call.tracer, [call.out, call["self"]], 3)
+    broadcast_dims(call.tracer, [call.tracer.dims(call.out), bias], 3)
 
 
 _GROUPED_MULTIPLE = 8

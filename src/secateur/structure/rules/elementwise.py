@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor
 
 from secateur.structure.dims import Dim, concat, leaf
@@ -26,10 +28,15 @@ _SAME = """
 
 def broadcast(tracer: Tracer, tensors: list[Tensor], rank: int) -> list[Dim]:
     """Return the dims of the broadcast result, after saying that dims of equal position are equal."""
+    return broadcast_dims(tracer, map(tracer.dims, tensors), rank)
+
+
+def broadcast_dims(tracer: Tracer, operands: Iterable[Sequence[Dim]], rank: int) -> list[Dim]:
+    """Do the same with the dims of each operand."""
     result = [leaf(1) for _ in range(rank)]
-    for tensor in tensors:
-        offset = rank - tensor.dim()
-        for i, dim in enumerate(tracer.dims(tensor)):
+    for dims in operands:
+        offset = rank - len(dims)
+        for i, dim in enumerate(dims):
             if dim.size == 1:
                 continue
             if result[offset + i].size == 1:
