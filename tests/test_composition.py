@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import BudgetUnreachable, NothingPrunable
+from secateur.measure.profile import profile
 from secateur.parts.recovery.fine_tune import FineTune
 from secateur.structure.verify import Verification
 from secateur.testing.oracle import oracle_error
@@ -133,6 +135,33 @@ def test_a_network_that_costs_more_than_predicted_is_no_success(monkeypatch):
     monkeypatch.setattr("secateur.job.cost_of", hopeful)
     with pytest.raises(BudgetUnreachable, match="macs, and 2,544 are allowed"):
         sc.prune(model, x, granularity="channel", budget=HALF)
+
+
+class Routed(nn.Module):
+    """Runs one of two layers of unlike cost, as the values decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.small, self.large, self.head = (nn.Linear(n, m) for n, m in ((5, 9), (9, 4), (9, 40), (1, 3)))
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.eye(9, 5))
+
+    def forward(self, x):
+        y = self.embed(x)
+        y = self.large(y) if bool(y.sum() < self.embed.bias.sum()) else self.small(y)
+        return self.head(y.mean(-1, keepdim=True))
+
+
+def test_where_the_cost_depends_on_values_the_error_says_how_to_allow_for_that(monkeypatch):
+    model, x = Routed().eval(), torch.ones(2, 5)
+    dense = profile(model, x).macs
+    # The pruned network takes the other way.
+    monkeypatch.setattr("secateur.job.profile", lambda m, inputs: profile(m, inputs if m is model else -x))
+    with pytest.raises(BudgetUnreachable, match="its path depends on values") as error:
+        sc.prune(model, x, granularity="channel", budget=sc.Budget(macs=0.9))
+    found, advised = re.search(r"has ([\d,]+) macs.*Budget\(macs=0.9, tolerance=([\d.]+)\)", str(error.value)).groups()
+    more = int(found.replace(",", "")) / (0.9 * dense) - 1
+    assert more < float(advised) <= more + 0.011
 
 
 def test_scopes_that_leave_too_little_are_an_error():

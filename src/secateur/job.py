@@ -96,13 +96,25 @@ class Job:
         kind = self.budget.kind
         if kind in ("sparsity", "latency_ms") or not isinstance(units, CutUnits | GatedUnits):
             return
-        allowed = self.budget.target(getattr(self.before, kind)) * (1 + self.budget.tolerance)
+        target = self.budget.target(getattr(self.before, kind))
+        allowed = target * (1 + self.budget.tolerance)
         found = after.effective_macs if isinstance(units, GatedUnits) else getattr(after, kind)
         if found > allowed * (1 + ROUNDING):
-            raise BudgetUnreachable(
-                f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: some operation costs "
-                "more than the analysis says. Ask for another kind of budget (params, macs, bytes), and report this."
+            budget = f"Budget({kind}={self.budget.value:g}, tolerance={_rounded_up(found / target - 1)})"
+            reason = (
+                f"its path depends on values, and so does its cost. Allow for that: {budget}, or limit the parameters."
+                if isinstance(units, CutUnits) and units.dense_structure.reads_values
+                else "some operation costs more than the analysis says. Ask for another kind of budget (params, macs, "
+                "bytes), and report this."
             )
+            raise BudgetUnreachable(
+                f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: {reason}"
+            )
+
+
+def _rounded_up(share: float) -> float:
+    """Return a number with two digits that leaves room for a share."""
+    return (int(100 * share) + 1) / 100
 
 
 def _plan(units: Units, model: nn.Module) -> Plan:
