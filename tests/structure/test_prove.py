@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
 from secateur.structure import prove
+from secateur.structure.dims import leaf
 from secateur.structure.prove import proved_keep, proved_structure
 
 BAD = {"3.conv[groups]", "5.conv[groups]", "7.conv[groups]"}
@@ -103,3 +106,24 @@ def test_a_model_that_draws_random_numbers_is_compared_on_equal_draws():
 
     structure = proved_structure(Masking().eval(), torch.randn(2, 8, 6))
     assert structure.axis("first").prunable
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_that_is_cut_wrongly_is_not_run(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = kind(8, 16, num_layers=2, bidirectional=True), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0])
+
+    model = Recurrent().eval()
+    structure = sc.trace(model, torch.randn(5, 2, 8))
+    kept = {axis.name: torch.arange(axis.size) < 5 for axis in structure.prunable}
+    assert prove.prove_cut(model, structure, kept).ok
+    for name, position in (("layer.weight_hh_l0", 1), ("layer.weight_ih_l1", 1), ("layer.bias_hh_l1_reverse", 0)):
+        dims = list(structure.tensors[name])
+        dims[position] = leaf(dims[position].size)  # stays whole; run, some of these would end the process
+        wrong = dataclasses.replace(structure, tensors={**structure.tensors, name: tuple(dims)})
+        assert prove._cut_errors(model, wrong, kept, 0) == {torch.float32: float("inf")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidInputs, PlanMismatch, SecateurError
 from secateur.structure.dims import Dim, leaves, order_under
-from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
+from secateur.structure.inputs import call_with_state, modules_of, relative_error, state_of, undisturbed
 from secateur.structure.masked import run_masked
 from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
@@ -98,6 +98,8 @@ def _cut_errors(
         apply_plan(small, plan)
     except PlanMismatch:
         return {dtypes[0]: float("inf")}
+    if not _recurrent_layers_fit(small):
+        return {dtypes[0]: float("inf")}
     pair = _Pair(model, small, structure, kept, plan, orders or {})
     for dtype in dtypes:
         errors[dtype] = pair.error(dtype, seed)
@@ -150,6 +152,21 @@ class _Pair:
         """Return the state of the cut network, with buffers of its own: models write to them."""
         remaining = _sliced(state, self.structure, self.plan, self.orders)
         return {name: t if name in self.structure.parameters else t.clone() for name, t in remaining.items()}
+
+
+def _recurrent_layers_fit(model: nn.Module) -> bool:
+    """Return whether the weights of each LSTM, GRU and RNN have the sizes that it says.
+
+    PyTorch does not look: it reads on in other memory, or ends the process.
+    """
+    return all(_has_its_sizes(module) for _, module in modules_of(model) if isinstance(module, nn.RNNBase))
+
+
+def _has_its_sizes(layer: nn.RNNBase) -> bool:
+    sizes = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+    like = nn.RNNBase(layer.mode, **{name: getattr(layer, name) for name in sizes}, device="meta")
+    found = {name: parameter.shape for name, parameter in layer.named_parameters(recurse=False)}
+    return all(found[name] == parameter.shape for name, parameter in like.named_parameters() if name in found)
 
 
 def _sliced(
