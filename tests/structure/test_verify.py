@@ -16,7 +16,7 @@ from secateur.structure.inputs import Inputs, relative_error, state_of
 from secateur.structure.masked import run_masked
 from secateur.structure.prove import half_of_each, prove_cut, proved_structure, proved_with_the_analysis
 from secateur.structure.tracer import OpCall
-from secateur.structure.verify import _Outputs, permuted, random_cycle, redraw, told_apart
+from secateur.structure.verify import Outputs, permuted, random_cycle, redraw, told_apart
 from secateur.testing.toys import toy
 
 
@@ -264,7 +264,7 @@ def test_a_network_that_amplifies_rounding_is_judged_where_it_does_not():
     model, x = Chaotic().eval(), torch.randn(4, 8)
     structure = sc.trace(model, x)
     names = [axis.name for axis in structure.prunable]
-    assert _Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
+    assert Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
     verification = permuted(model, structure)
     assert verification.ok and verification.max_error < 1e-10 and len(names) == 59
     assert structure.verify(model).ok
@@ -318,6 +318,22 @@ def test_a_cut_proves_the_analysis_of_narrow_axes_too(monkeypatch, width, keep):
         assert wrong is None  # the same units of both halves stay
 
 
+@pytest.mark.parametrize(("keep", "broken"), [(8, (0, 1)), (1, (1, 2))])
+def test_every_pair_of_narrow_axes_is_told_apart_beside_a_cut(keep, broken):
+    """Whole axes of four units have one of six orders; single units have none, and not every group does."""
+    model = nn.Sequential(*(layer for n in (4, 4, 4) for layer in (nn.Linear(9, n), nn.Linear(n, 9)))).eval()
+    structure = sc.trace(model, torch.randn(3, 9))
+    narrow = [axis for axis in structure.prunable if axis.size == 4]
+    first, second = (narrow[i] for i in broken)
+    name = next(tensor for tensor, position in second.members if position == 1)
+    wrong = {**structure.tensors, name: (structure.tensors[name][0], first.leaf)}
+    mistaken = dataclasses.replace(structure, tensors=wrong)
+    kept = {axis.name: torch.arange(axis.size) < (keep if axis.size == 4 else 9) for axis in structure.prunable}
+    for seed in range(30):
+        assert proved_with_the_analysis(model, mistaken, kept, seed) is None
+    assert proved_with_the_analysis(model, structure, kept) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_parameters_are_redrawn_alike_in_all_but_values(dtype):
     layers = [nn.Linear(400, 400), nn.Linear(400, 400), nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)]
@@ -356,10 +372,10 @@ def test_a_deep_residual_stack_is_verified_in_float32():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block() for _ in range(192)), nn.Conv2d(8, 2, 1)).eval()
     structure = sc.trace(model, torch.randn(1, 3, 4, 4))
     names = [axis.name for axis in structure.prunable]
-    assert _Outputs(model, structure, 0).error_with(names, torch.float32) < 1e-5
+    assert Outputs(model, structure, 0).error_with(names, torch.float32) < 1e-5
     first, second = "1.layers.1.weight", "1.layers.4.weight"  # the earliest mistake still shows
     structure.tensors[first], structure.tensors[second] = structure.tensors[second], structure.tensors[first]
-    assert _Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
+    assert Outputs(model, structure, 0).error_with(names, torch.float32) > 1e-3
 
 
 def test_a_trial_cut_keeps_an_odd_number_of_units_where_it_can():

@@ -42,12 +42,12 @@ class Products:
             unknown = any(map(self.follows, tensors))
             result = func(*args, **kwargs)
             if not unknown:  # its memory may have been that of another tensor, which is gone
-                self._unknown.difference_update(map(_memory, tensors_in(result)))
+                self._unknown.difference_update(map(memory_of, tensors_in(result)))
                 return result
             self.missed = self.missed or not READS.isdisjoint(func.tags)
             if func._schema.is_mutable:
-                self._unknown.update(map(_memory, tensors))
-        self._unknown.update(map(_memory, tensors_in(result)))
+                self._unknown.update(map(memory_of, tensors))
+        self._unknown.update(map(memory_of, tensors_in(result)))
         return result
 
     def _left_out(self, name: str, tensors: list[Tensor]) -> bool:
@@ -62,12 +62,13 @@ class Products:
 
     def follows(self, tensor: Tensor) -> bool:
         """Return whether the values of a tensor may follow from a product that was left out."""
-        return _memory(tensor) in self._unknown
+        return memory_of(tensor) in self._unknown
 
 
 def _without_memory(leaf: Any) -> Any:
     return weightless(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """Return a number of the memory in which a tensor lies; another tensor may have it later."""
     return int(tensor.untyped_storage()._cdata)

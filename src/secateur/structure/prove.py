@@ -12,23 +12,22 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidInputs, PlanMismatch, SecateurError
 from secateur.structure.dims import Dim, leaves, order_under
+from secateur.structure.draws import draws, enough, noting_use, to_use
 from secateur.structure.inputs import call_with_state, modules_of, relative_error, state_of, undisturbed
-from secateur.structure.masked import run_masked
+from secateur.structure.masked import drops_branches, run_masked
 from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
 from secateur.structure.surgery import apply_plan, make_plan, skeleton
 from secateur.structure.trace import trace
 from secateur.structure.verify import (
     NARROW,
+    Outputs,
     Verification,
-    draws,
-    noting_use,
     permutations,
     permuted,
     proof_dtypes,
     random_cycle,
     redraw,
-    to_use,
     told_apart,
 )
 
@@ -39,6 +38,7 @@ FEWEST = 2
 code often takes another path for it), and what is true of it says little about the axis."""
 
 ALL = torch.ones(1, dtype=torch.bool)
+"""What a cut keeps of an axis that it does not name."""
 
 FEWEST_IN_ORDER = 4
 """So many units of an axis must stay in a cut for it to say something about their order, too.
@@ -122,20 +122,22 @@ class _Pair:
     def error(self, dtype: torch.dtype, seed: int) -> float:
         """Return by how much they differ, at most, on re-drawn parameters.
 
-        Infinite if one of them does not run, or if no draw has used all that is cut.
+        Infinite if one of them does not run, or if no draw has used all that is cut. Where a branch is dropped, all
+        draws are tried, because each may take another path.
         """
         cut = [axis.name for axis in self.structure.axes if not bool(self.kept.get(axis.name, ALL).all())]
+        drops = drops_branches(self.structure, self.kept)
         worst, left = 0.0, to_use(self.structure, cut)
-        for draw in draws(self.structure, seed):
+        for i, draw in enumerate(draws(self.structure, seed)):
             try:
                 error, used = self._error_on(dtype, draw)
             except SecateurError:
                 return float("inf")
             worst = max(worst, error)
             left -= used
-            if not left or worst > TOLERANCE[dtype]:
+            if worst > TOLERANCE[dtype] or (enough(self.structure, i + 1, left) and not drops):
                 return worst
-        return float("inf")
+        return float("inf") if left else worst
 
     def _error_on(self, dtype: torch.dtype, seed: int) -> tuple[float, set[str]]:
         """Return the error on one draw, and which tensors the masked network has used."""
@@ -144,7 +146,7 @@ class _Pair:
         inputs = self.structure.inputs.to(dtype)
         with undisturbed(self.small):  # one after the other: where the model draws random numbers, both draw the same
             found = call_with_state(self.small, self._remaining(state), inputs)
-        with noting_use(self.structure, state) as used:
+        with noting_use(self.model, self.structure, state) as used:
             expected = run_masked(self.model, self.structure, self.kept, state, inputs)
         return relative_error(found, expected), used
 
@@ -175,9 +177,10 @@ def _sliced(
     """Return the part of a state that remains, with the units of some axes in another order."""
     found = plan.slice_state(state)
     for name in state if orders else ():  # axes that stay whole are reordered too, wherever they stand
-        for position, dim in enumerate(structure.tensors[name]):
+        dims = structure.tensors[name]
+        indices = plan.indices(name) if name in plan.tensors else [None] * len(dims)
+        for position, (dim, kept) in enumerate(zip(dims, indices, strict=True)):
             if any(node in orders for node in leaves(dim)):
-                kept = plan.indices(name)[position] if name in plan.tensors else None
                 order = order_under(dim, orders)
                 order = order if kept is None else _ranks(order[kept])
                 found[name] = found[name].index_select(position, order.to(found[name].device))
@@ -256,7 +259,7 @@ def proved_with_the_analysis(model: nn.Module, structure: Structure, kept: Kept,
     orders = {structure.axis(name).leaf: _reordered(kept[name], generator) for name in kept if name in ordered}
     proofs = [_judged(_cut_errors(model, structure, kept, seed, orders=orders))]
     if proofs[0].ok:
-        proofs += permutations(model, structure, groups, seed)
+        proofs += permutations(Outputs(model, structure, seed), groups)
     if not all(proof.ok for proof in proofs):
         return None
     return replace(proofs[0], max_error=max(proof.max_error for proof in proofs))

@@ -50,7 +50,8 @@ def solve(model: nn.Module, tracer: Tracer, tensors: Mapping[str, list[Dim]], in
         outputs={name: tuple(dims) for name, dims in tracer.outputs.items() if dims is not None},
         blocks=_blocks(tracer, joined),
         branches=_named_apart(branches, {axis.name for axis in axes}),
-        order=tuple(tracer.used),
+        order=tuple(tracer.used | tracer.trained),
+        only_in_training=frozenset(tracer.trained.keys() - tracer.used.keys()),
         inputs=inputs,
     )
 

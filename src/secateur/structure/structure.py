@@ -67,7 +67,8 @@ class Structure:
             with.
         blocks: The modules, of those, in which residual branches are added to their stream, in order.
         branches: The residual branches.
-        order: Parameters and buffers that the run used, in the order of their first use.
+        order: Parameters and buffers that a run used, in the order of their first use.
+        only_in_training: Those of them that only a run in training mode used.
         inputs: The example inputs.
     """
 
@@ -86,6 +87,7 @@ class Structure:
     blocks: tuple[str, ...]
     branches: tuple[Branch, ...]
     order: tuple[str, ...]
+    only_in_training: frozenset[str]
     inputs: Inputs = field(repr=False)
 
     def axis(self, name: str) -> Axis:

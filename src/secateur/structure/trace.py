@@ -39,7 +39,7 @@ from secateur.structure.inputs import (
     undisturbed,
 )
 from secateur.structure.operations import bind, operation_name
-from secateur.structure.products import Products
+from secateur.structure.products import READS, Products
 from secateur.structure.provenance import TracedInt, traced_attributes
 from secateur.structure.rules import apply_rule
 from secateur.structure.solve import solve
@@ -50,11 +50,8 @@ from secateur.structure.weightless import KnownValues
 OTHER_RUNS = 16
 """How many are tried to reach parameters that the example inputs do not reach, where the path depends on values."""
 
-# Operations whose results let Python code take one path or another.
-_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive"}
-
-# Operations whose results are as long as a mask has true entries, which the code can see.
-_SELECTS = {"index", "masked_select"}
+# Indices of these types select as many rows as they have true entries, which the code can see.
+_MASKS = {torch.bool, torch.uint8}
 
 # Functions by which values leave PyTorch.
 _TAKES_OUT = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"}
@@ -145,7 +142,7 @@ def _follow_aliases(
 
 
 def _unused(model: nn.Module, tracer: Tracer) -> list[str]:
-    return [name for name, _ in model.named_parameters() if name not in tracer.used]
+    return [name for name, _ in model.named_parameters() if name not in tracer.used | tracer.trained]
 
 
 def _trace_other_paths(
@@ -225,10 +222,9 @@ class _OperationMode(TorchDispatchMode):
         self.tracer.operations.append(name)
         call = OpCall(self.tracer, name, bind(func, args, kwargs), result)
         self.tracer.use(call.tensors())
-        if name in _READS:
-            self.tracer.read_data(call.tensors())
-        elif name in _SELECTS:
-            self.tracer.read_data([tensor for tensor in call.tensors() if tensor.dtype == torch.bool])
+        if not READS.isdisjoint(func.tags):
+            chosen = call.tensors() if name != "index" else [t for t in call.tensors() if t.dtype in _MASKS]
+            self.tracer.read_data(chosen)
         apply_rule(call)
         self.tracer.remember(call)
         return result

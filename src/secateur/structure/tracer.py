@@ -20,6 +20,7 @@ from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
 from secateur.structure.history import History, first_tensor
+from secateur.structure.products import memory_of
 from secateur.structure.provenance import Attribute, Expression, Listener
 from secateur.structure.roles import Use
 
@@ -96,11 +97,13 @@ class Tracer(Listener):
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     used: dict[str, None] = field(default_factory=dict)
+    trained: dict[str, None] = field(default_factory=dict)
     outputs: dict[str, list[Dim] | None] = field(default_factory=dict)
     training: bool = False
     reads_data: bool = False
     reads_values: bool = False
     computed: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    written: set[int] = field(default_factory=set)
     orders: Iterator[int] = field(default_factory=count)
 
     def listener(self, training: bool) -> Tracer:
@@ -197,8 +200,9 @@ class Tracer(Listener):
                 self.freeze([self.meaning_of[tensor].units], reason)
 
     def use(self, tensors: Iterable[Tensor]) -> None:
-        """Record which parameters and buffers take part in the run."""
-        self.used.update((self.parameter_of[t], None) for t in tensors if t in self.parameter_of)
+        """Record which parameters and buffers take part in the run; those of a run in training mode on their own."""
+        used = self.trained if self.training else self.used
+        used.update((self.parameter_of[t], None) for t in tensors if t in self.parameter_of)
 
     def leave(self, module: str, output: Any) -> None:
         """Record the dims of what a module of the model returned, if that is a tensor or a tuple that begins with one.
@@ -217,7 +221,9 @@ class Tracer(Listener):
         self.reads_values = self.reads_values or any(map(self._follows_from_state, tensors))
 
     def _follows_from_state(self, tensor: Tensor) -> bool:
-        return tensor in self.computed or (tensor in self.parameter_of and tensor.is_floating_point())
+        if tensor in self.computed or memory_of(tensor) in self.written:
+            return True
+        return tensor in self.parameter_of and tensor.is_floating_point()
 
     # -------------------------------------------------------------------------------------------- equations
 
@@ -295,6 +301,8 @@ class Tracer(Listener):
         self.history.add(call.tensors(), call.results())
         if any(map(self._follows_from_state, call.tensors())):
             self.computed.update((tensor, True) for tensor in call.results())
+            in_place = [a for a in call.tensors() if any(a is result for result in call.results())]
+            self.written.update(map(memory_of, in_place))  # a view may be written to
         if call.name == "add" and len(call.tensors()) == 2 and call["self"].shape == call["other"].shape:
             self.sums[len(self.history.values) - 1] = self.dims(call.out)
 

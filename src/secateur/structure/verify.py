@@ -7,19 +7,18 @@ runs on re-drawn parameters, because freshly initialized ones (zero scales, equa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InvalidInputs
 from secateur.structure.dims import Dim, leaves, order_under
+from secateur.structure.draws import FEWEST_DRAWS, draws, enough, noting_use, to_use
 from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 
 if TYPE_CHECKING:
@@ -56,44 +55,6 @@ def proof_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
     """
     wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return (torch.float64,) if wide else (torch.float32, torch.float64)
-
-
-MOST_DRAWS = 16
-"""Where the path depends on parameters, each draw of them takes one; so many are tried until all that is in question
-has been used. What none of them has used is not proved."""
-
-
-def draws(structure: Structure, seed: int) -> range:
-    """Return the seeds of the draws that a proof may try; proofs of other seeds try others."""
-    return range(MOST_DRAWS * seed, MOST_DRAWS * seed + (MOST_DRAWS if structure.reads_values else 1))
-
-
-def to_use(structure: Structure, names: Iterable[str]) -> set[str]:
-    """Return the parameters that a proof of these axes must have used: none if there is one path alone."""
-    if not structure.reads_values:
-        return set()
-    axes = {structure.axis(name).leaf for name in names}
-    reached = structure.parameters.intersection(structure.order)
-    return {name for name in reached if any(node in axes for dim in structure.tensors[name] for node in leaves(dim))}
-
-
-@contextmanager
-def noting_use(structure: Structure, state: Mapping[str, Tensor]) -> Iterator[set[str]]:
-    """Note the names of the tensors of a state that arrive at an operation, if that depends on their values."""
-    used = set[str]()
-    with _Uses(state, used) if structure.reads_values else nullcontext():
-        yield used
-
-
-class _Uses(TorchDispatchMode):
-    def __init__(self, state: Mapping[str, Tensor], used: set[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.name_of = {id(tensor): name for name, tensor in state.items()}
-        self.used = used
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.used.update(self.name_of[id(item)] for item in tree_leaves((args, kwargs)) if id(item) in self.name_of)
-        return func(*args, **(kwargs or {}))
 
 
 def redraw(model: nn.Module, structure: Structure, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -199,12 +160,13 @@ def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verificat
 
     Wide axes are permuted all at once, narrow ones beside others that keep their order.
     """
-    worst, failed = 0.0, dict[str, str]()
+    outputs = Outputs(model, structure, seed)
+    worst, failed = 0.0, outputs.unreached()
     while True:
         left = [axis for axis in structure.prunable if axis.name not in failed]
         groups = told_apart([axis.name for axis in left if axis.size < NARROW]) or [[]]
         groups[0] += [axis.name for axis in left if axis.size >= NARROW]
-        proofs = permutations(model, structure, groups, seed)
+        proofs = permutations(outputs, groups)
         worst = max(worst, *(proof.max_error for proof in proofs))
         reason = next((proof.reason for proof in proofs if proof.reason), "")
         if reason:
@@ -215,16 +177,12 @@ def permuted(model: nn.Module, structure: Structure, seed: int = 0) -> Verificat
             return Verification(worst, ok=not failed, failed=failed)
 
 
-def permutations(
-    model: nn.Module, structure: Structure, groups: Iterable[Sequence[str]], seed: int = 0
-) -> list[Verification]:
+def permutations(outputs: Outputs, groups: Iterable[Sequence[str]]) -> list[Verification]:
     """Permute the axes of each group, one group after the other; on failure find out which are to blame.
 
     Runs in float32, and once more in float64 if rounding could explain the difference.
     """
-    outputs = _Outputs(model, structure, seed)
-    wrong = "permuting it changed the output" + (", or no draw has used all of it" if structure.reads_values else "")
-    return [_decide(names, proof_dtypes(model), outputs.error_with, wrong) for names in groups]
+    return [_decide(names, proof_dtypes(outputs.model), outputs.error_with) for names in groups]
 
 
 NUMBERS = 15
@@ -232,7 +190,7 @@ NUMBERS = 15
 
 
 def told_apart(narrow: Sequence[str]) -> list[list[str]]:
-    """Return a few groups of narrow axes, such that of two neighbours one at least is alone in one.
+    """Return a few groups of narrow axes, such that one of any two neighbours is in one without the other.
 
     Two axes that the analysis takes for different ones, wrongly, show only if they have different orders; and those of
     two units have one order alone. Each axis has a number, and each group those with a certain bit in it. Such a pair
@@ -243,12 +201,24 @@ def told_apart(narrow: Sequence[str]) -> list[list[str]]:
     return [[name for name, number in numbers.items() if number >> bit & 1] for bit in bits]
 
 
-class _Outputs:
+class Outputs:
     """What a model computes on re-drawn parameters, as they are and with axes permuted."""
 
-    def __init__(self, model: nn.Module, structure: Structure, seed: int) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, seed: int = 0) -> None:
         self.model, self.structure, self.seed = model, structure, seed
         self._plain: dict[tuple[torch.dtype, int], tuple[Any, set[str]]] = {}
+
+    def unreached(self) -> dict[str, str]:
+        """Return the axes of which no draw uses all parameters, each with what is wrong."""
+        axes = {axis.name: to_use(self.structure, [axis.name]) for axis in self.structure.prunable}
+        left = set[str]().union(*axes.values())
+        for draw in draws(self.structure, self.seed):
+            if not left:
+                break
+            with suppress(InvalidInputs):
+                left -= self._unpermuted(proof_dtypes(self.model)[0], draw)[1]
+        missing = {name: sorted(members & left) for name, members in axes.items()}
+        return {name: f"no draw of the parameters has used {m[0]}" for name, m in missing.items() if m}
 
     def error_with(self, names: Sequence[str], dtype: torch.dtype) -> float:
         """Return the relative error of the output when these axes are permuted in every tensor that holds them.
@@ -262,11 +232,11 @@ class _Outputs:
         try:
             for i, draw in enumerate(draws(self.structure, self.seed)):
                 expected, used = self._unpermuted(dtype, draw)
-                if i and not left & used:
+                if i >= FEWEST_DRAWS and not left & used:
                     continue
                 worst = max(worst, relative_error(self._output(orders, dtype, draw)[0], expected))
                 left -= used
-                if not left:
+                if enough(self.structure, i + 1, left):
                     return worst
         except InvalidInputs:  # code that insists on one dtype
             pass
@@ -278,10 +248,10 @@ class _Outputs:
         return self._plain[dtype, seed]
 
     def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
-        """Return the output, and which tensors it follows from."""
+        """Return the output and, where the path depends on parameters, which have been used."""
         with undisturbed(self.model):  # drawn anew each time: some models write to their state, or cache what follows
             state = _permute(redraw(self.model, self.structure, dtype, seed), self.structure, orders)
-            with noting_use(self.structure, state) as used:
+            with noting_use(self.model, self.structure, state) as used:
                 return call_with_state(self.model, state, self.structure.inputs.to(dtype)), used
 
 
@@ -307,7 +277,6 @@ def _decide(
     names: Sequence[str],
     dtypes: Sequence[torch.dtype],
     error: Callable[[Sequence[str], torch.dtype], float],
-    wrong: str,
 ) -> Verification:
     """Try all axes in each type, then halves of them until each culprit stands alone."""
     worst = 0.0
@@ -320,7 +289,7 @@ def _decide(
         reason = "with re-drawn parameters the model's output is random, not finite, or not to be had in float64"
         return Verification(worst, ok=False, failed=dict.fromkeys(names, reason), reason=reason)
     culprits = _culprits(names, tolerance, error)
-    return Verification(worst, ok=False, failed=dict.fromkeys(culprits, wrong))
+    return Verification(worst, ok=False, failed=dict.fromkeys(culprits, "permuting it changed the output"))
 
 
 def _culprits(
