@@ -175,21 +175,20 @@ def _sliced(
     state: Mapping[str, Tensor], structure: Structure, plan: Plan, orders: Mapping[Dim, Tensor]
 ) -> dict[str, Tensor]:
     """Return the part of a state that remains, with the units of some axes in another order."""
-    found = plan.slice_state(state)
-    for name in state if orders else ():  # axes that stay whole are reordered too, wherever they stand
+    if not orders:
+        return plan.slice_state(state)
+    found = {name: tensor for name, tensor in state.items() if not plan.drops(name)}
+    for name in found:  # axes that stay whole are reordered too, wherever they stand
         dims = structure.tensors[name]
         indices = plan.indices(name) if name in plan.tensors else [None] * len(dims)
         for position, (dim, kept) in enumerate(zip(dims, indices, strict=True)):
+            index = kept
             if any(node in orders for node in leaves(dim)):
                 order = order_under(dim, orders)
-                order = order if kept is None else _ranks(order[kept])
-                found[name] = found[name].index_select(position, order.to(found[name].device))
+                index = order if kept is None else order[kept]
+            if index is not None:
+                found[name] = found[name].index_select(position, index.to(found[name].device))
     return found
-
-
-def _ranks(order: Tensor) -> Tensor:
-    """Return the places of units in the order in which those of them that are kept stand."""
-    return order.argsort().argsort()
 
 
 def proved_structure(model: nn.Module, example_inputs: Any, seed: int = 0) -> Structure:
