@@ -100,16 +100,22 @@ class Job:
         allowed = target * (1 + self.budget.tolerance)
         found = after.effective_macs if isinstance(units, GatedUnits) else getattr(after, kind)
         if found > allowed * (1 + ROUNDING):
-            budget = f"Budget({kind}={self.budget.value:g}, tolerance={_rounded_up(found / target - 1)})"
-            reason = (
-                f"its path depends on values, and so does its cost. Allow for that: {budget}, or limit the parameters."
-                if isinstance(units, CutUnits) and units.dense_structure.reads_values
-                else "some operation costs more than the analysis says. Ask for another kind of budget (params, macs, "
-                "bytes), and report this."
-            )
             raise BudgetUnreachable(
-                f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: {reason}"
+                f"The pruned network has {found:,} {kind}, and {allowed:,.0f} are allowed: "
+                + self._why_more(units, found / target - 1)
             )
+
+    def _why_more(self, units: Units, excess: float) -> str:
+        """Return why a network costs more than was predicted, and what to do."""
+        if self.budget.kind == "macs" and isinstance(units, CutUnits) and units.dense_structure.reads_values:
+            return (
+                "its path depends on values, and so does its cost. Allow for that: "
+                f"Budget(macs={self.budget.value:g}, tolerance={_rounded_up(excess)}), or limit the parameters."
+            )
+        return (
+            "some operation costs more than the analysis says. Ask for another kind of budget (params, macs, bytes), "
+            "and report this."
+        )
 
 
 def _rounded_up(share: float) -> float:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.structure.dims import leaves
 from secateur.structure.inputs import aliases_of
+from secateur.structure.operations import returns_view
 from secateur.structure.weightless import tensors_in
 
 if TYPE_CHECKING:
@@ -63,13 +64,8 @@ class _Uses(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         names = {self.name_of[tensor] for tensor in tensors_in((args, kwargs)) if tensor in self.name_of}
-        if names and _is_view(func):
+        if names and returns_view(func):
             self.name_of.update((tensor, name) for tensor in tensors_in(result) for name in names)
         elif any(tensor.numel() for tensor in tensors_in(result)):  # an expert may run on no rows
             self.used |= names
         return result
-
-
-def _is_view(func: Any) -> bool:
-    returned = func._schema.returns
-    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write

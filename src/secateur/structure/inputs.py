@@ -174,6 +174,11 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Return a number of the memory in which a tensor lies; another tensor may have it later."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def aliases_of(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Return which tensors share the memory of an earlier one, by name -> its name.
 
@@ -184,7 +189,7 @@ def aliases_of(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     whole, partly = {}, {}
     for name, tensor in state_of(model).items():
-        others = by_storage.setdefault(tensor.untyped_storage()._cdata, [])
+        others = by_storage.setdefault(memory_of(tensor), [])
         for other_name, other in others:
             same = tensor.shape == other.shape and tensor.stride() == other.stride() and tensor.dtype == other.dtype
             if same and tensor.storage_offset() == other.storage_offset():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_map
 
+from secateur.structure.inputs import memory_of
 from secateur.structure.operations import operation_name
 from secateur.structure.weightless import shaped, tensors_in, weightless
 
@@ -67,8 +68,3 @@ class Products:
 
 def _without_memory(leaf: Any) -> Any:
     return weightless(leaf.detach()) if isinstance(leaf, Tensor) else leaf
-
-
-def memory_of(tensor: Tensor) -> int:
-    """Return a number of the memory in which a tensor lies; another tensor may have it later."""
-    return int(tensor.untyped_storage()._cdata)

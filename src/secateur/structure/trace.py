@@ -142,7 +142,8 @@ def _follow_aliases(
 
 
 def _unused(model: nn.Module, tracer: Tracer) -> list[str]:
-    return [name for name, _ in model.named_parameters() if name not in tracer.used | tracer.trained]
+    used = tracer.used | tracer.trained
+    return [name for name, _ in model.named_parameters() if name not in used]
 
 
 def _trace_other_paths(

@@ -20,7 +20,7 @@ from secateur.structure import dims as algebra
 from secateur.structure.calls import FunctionCall, Sizes, line_of_code
 from secateur.structure.dims import Dim, Place, freeze, leaf
 from secateur.structure.history import History, first_tensor
-from secateur.structure.products import memory_of
+from secateur.structure.inputs import memory_of
 from secateur.structure.provenance import Attribute, Expression, Listener
 from secateur.structure.roles import Use
 
@@ -102,8 +102,7 @@ class Tracer(Listener):
     training: bool = False
     reads_data: bool = False
     reads_values: bool = False
-    computed: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    written: set[int] = field(default_factory=set)
+    computed: set[int] = field(default_factory=set)
     orders: Iterator[int] = field(default_factory=count)
 
     def listener(self, training: bool) -> Tracer:
@@ -221,9 +220,7 @@ class Tracer(Listener):
         self.reads_values = self.reads_values or any(map(self._follows_from_state, tensors))
 
     def _follows_from_state(self, tensor: Tensor) -> bool:
-        if tensor in self.computed or memory_of(tensor) in self.written:
-            return True
-        return tensor in self.parameter_of and tensor.is_floating_point()
+        return memory_of(tensor) in self.computed or (tensor in self.parameter_of and tensor.is_floating_point())
 
     # -------------------------------------------------------------------------------------------- equations
 
@@ -299,10 +296,11 @@ class Tracer(Listener):
     def remember(self, call: OpCall) -> None:
         """Add an operation to the history; sums of two computed tensors of one shape may join branches."""
         self.history.add(call.tensors(), call.results())
+        memory = set(map(memory_of, call.results()))  # values are written into views, too
         if any(map(self._follows_from_state, call.tensors())):
-            self.computed.update((tensor, True) for tensor in call.results())
-            in_place = [a for a in call.tensors() if any(a is result for result in call.results())]
-            self.written.update(map(memory_of, in_place))  # a view may be written to
+            self.computed |= memory
+        else:  # it may have been that of another tensor, which is gone
+            self.computed -= memory
         if call.name == "add" and len(call.tensors()) == 2 and call["self"].shape == call["other"].shape:
             self.sums[len(self.history.values) - 1] = self.dims(call.out)
 

@@ -274,9 +274,7 @@ def _permute(state: dict[str, Tensor], structure: Structure, orders: Mapping[Dim
 
 
 def _decide(
-    names: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    error: Callable[[Sequence[str], torch.dtype], float],
+    names: Sequence[str], dtypes: Sequence[torch.dtype], error: Callable[[Sequence[str], torch.dtype], float]
 ) -> Verification:
     """Try all axes in each type, then halves of them until each culprit stands alone."""
     worst = 0.0

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from secateur.structure.inputs import Inputs, call_with_state, output_tensors, state_of, undisturbed
+from secateur.structure.inputs import Inputs, call_with_state, memory_of, output_tensors, state_of, undisturbed
+from secateur.structure.operations import written_arguments
 
 
 def weightless(tensor: Tensor) -> Tensor:
@@ -79,11 +80,9 @@ class KnownValues(TorchDispatchMode):
 
     def _forget_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """What an unknown value is written into is unknown from now on, and so is everything in the same memory."""
-        for argument, tensor in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(tensor, Tensor) and tensor in self._values:
-                memory = tensor.untyped_storage()._cdata
-                for other in [t for t in self._values if t.untyped_storage()._cdata == memory]:
+        for tensor in written_arguments(func, args, {}):
+            if tensor in self._values:
+                for other in [t for t in self._values if memory_of(t) == memory_of(tensor)]:
                     del self._values[other]
 
 
