@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import secateur as sc
 from secateur.core.slots import Scope
@@ -30,6 +31,25 @@ def test_channels_are_scored_by_the_norm_of_all_their_weights_relative_to_the_me
     l2 = Magnitude(p=2).score(context(Channel()))["hidden"]
     norms = torch.tensor([29.0, 37.0]).sqrt()
     assert torch.allclose(l2, norms / norms.mean())
+
+
+class Powers(TorchDispatchMode):
+    """Counts how often entries are raised to a power, in place or not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket._qualified_op_name in ("aten::pow", "aten::pow_")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_powers_of_each_weight_are_worked_out_once():
+    for p in (2, 3):
+        scored = context(Channel())
+        with Powers() as powers:
+            Magnitude(p=p).score(scored)
+        of_norms = len(scored.units.shapes)  # each group's p-th root
+        assert powers.count == len(scored.weights) + of_norms
 
 
 def test_global_and_per_layer_allocation_differ_as_they_should():

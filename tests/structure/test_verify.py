@@ -22,7 +22,7 @@ from secateur.testing.toys import toy
 
 def _forget_to_unify(call: OpCall) -> None:
     """A broken rule: the result has axes of its own."""
-    for tensor in call.results():
+    for tensor in call.results:
         call.tracer.set(tensor, [leaf(size) for size in tensor.shape])
 
 

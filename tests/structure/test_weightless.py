@@ -150,7 +150,7 @@ def test_a_twin_whose_structure_fails_its_proof_says_so(monkeypatch):
     structure = sc.trace(meta(lambda: Decoder(3, **LARGE)), torch.randint(0, 50, (1, 9)))
     known = rules.all_rules()
     broken = dict(known)
-    broken["mul"] = lambda call: call.tracer.set(call.out, [*call.tracer.dims(call.tensors()[0])])  # forgets to unify
+    broken["mul"] = lambda call: call.tracer.set(call.out, [*call.tracer.dims(call.tensors[0])])  # forgets to unify
     monkeypatch.setattr(rules, "all_rules", lambda: broken)
     wrong = sc.trace(meta(lambda: Decoder(3, **LARGE)), torch.randint(0, 50, (1, 9)))
     twin, x = Decoder(2, **SIZES), torch.randint(0, 50, (2, 7))

@@ -45,7 +45,11 @@ class _Powers(Mapping[str, Tensor]):
         self._weights, self._p = weights, p
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name].abs().pow_(self._p)
+        weight = self._weights[name]
+        return weight.square() if self._p == 2 else weight.abs().pow_(self._p)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # by default, asking works the powers out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.structure.dims import leaves
 from secateur.structure.inputs import aliases_of
@@ -45,27 +44,41 @@ def to_use(structure: Structure, names: Iterable[str]) -> set[str]:
 
 
 @contextmanager
-def noting_use(model: nn.Module, structure: Structure, state: Mapping[str, Tensor]) -> Iterator[set[str]]:
-    """Note the names of the tensors of a state from which something is computed, if that depends on their values."""
+def noting_use(model: nn.Module, state: Mapping[str, Tensor], names: Collection[str]) -> Iterator[set[str]]:
+    """Note which of the tensors of a state with these names something is computed from."""
     used = set[str]()
-    with _Uses(model, state, used) if structure.reads_values else nullcontext():
+    with _Uses(model, state, names, used) if names else nullcontext():
         yield used
 
 
 class _Uses(TorchDispatchMode):
     """Adds the name of a tensor where an operation of it, or of a view of it, returns any number."""
 
-    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], used: set[str]) -> None:
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], names: Collection[str], used: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         aliases, _ = aliases_of(model)
-        self.name_of = WeakIdKeyDictionary({tensor: aliases.get(name, name) for name, tensor in state.items()})
-        self.used = used
+        first = {name: aliases.get(name, name) for name in state}
+        # By `id`, with the tensors kept alive: every operation asks, and most have none of these.
+        self._names = {id(state[name]): own for name, own in first.items() if own in names}
+        self._alive = [*state.values()]
+        self._used = used
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        names = {self.name_of[tensor] for tensor in tensors_in((args, kwargs)) if tensor in self.name_of}
+        names = {self._names[id(a)] for a in _flat((*args, *(kwargs or {}).values())) if id(a) in self._names}
         if names and returns_view(func):
-            self.name_of.update((tensor, name) for tensor in tensors_in(result) for name in names)
-        elif any(tensor.numel() for tensor in tensors_in(result)):  # an expert may run on no rows
-            self.used |= names
+            views = list(tensors_in(result))
+            self._alive += views
+            self._names.update((id(view), name) for view in views for name in names)
+        elif names and any(tensor.numel() for tensor in tensors_in(result)):  # an expert may run on no rows
+            self._used |= names
         return result
+
+
+def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Yield the arguments of an operation, and those that stand in lists."""
+    for argument in arguments:
+        if isinstance(argument, tuple | list):
+            yield from argument
+        else:
+            yield argument

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Pair:
         worst, left = 0.0, to_use(self.structure, cut)
         for i, draw in enumerate(draws(self.structure, seed)):
             try:
-                error, used = self._error_on(dtype, draw)
+                error, used = self._error_on(dtype, draw, left)
             except SecateurError:
                 return float("inf")
             worst = max(worst, error)
@@ -139,14 +139,14 @@ class _Pair:
                 return worst
         return float("inf") if left else worst
 
-    def _error_on(self, dtype: torch.dtype, seed: int) -> tuple[float, set[str]]:
-        """Return the error on one draw, and which tensors the masked network has used."""
+    def _error_on(self, dtype: torch.dtype, seed: int, names: Collection[str]) -> tuple[float, set[str]]:
+        """Return the error on one draw, and which of the tensors with these names the masked network has used."""
         with undisturbed(self.model):
             state = redraw(self.model, self.structure, dtype, seed)
         inputs = self.structure.inputs.to(dtype)
         with undisturbed(self.small):  # one after the other: where the model draws random numbers, both draw the same
             found = call_with_state(self.small, self._remaining(state), inputs)
-        with noting_use(self.model, self.structure, state) as used:
+        with noting_use(self.model, state, names) as used:
             expected = run_masked(self.model, self.structure, self.kept, state, inputs)
         return relative_error(found, expected), used
 

@@ -222,9 +222,9 @@ class _OperationMode(TorchDispatchMode):
         name = operation_name(func)
         self.tracer.operations.append(name)
         call = OpCall(self.tracer, name, bind(func, args, kwargs), result)
-        self.tracer.use(call.tensors())
+        self.tracer.use(call.tensors)
         if not READS.isdisjoint(func.tags):
-            chosen = call.tensors() if name != "index" else [t for t in call.tensors() if t.dtype in _MASKS]
+            chosen = call.tensors if name != "index" else [t for t in call.tensors if t.dtype in _MASKS]
             self.tracer.read_data(chosen)
         apply_rule(call)
         self.tracer.remember(call)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from typing import Any, Literal
 
@@ -295,13 +296,13 @@ class Tracer(Listener):
 
     def remember(self, call: OpCall) -> None:
         """Add an operation to the history; sums of two computed tensors of one shape may join branches."""
-        self.history.add(call.tensors(), call.results())
-        memory = set(map(memory_of, call.results()))  # values are written into views, too
-        if any(map(self._follows_from_state, call.tensors())):
+        self.history.add(call.tensors, call.results)
+        memory = set(map(memory_of, call.results))  # values are written into views, too
+        if any(map(self._follows_from_state, call.tensors)):
             self.computed |= memory
         else:  # it may have been that of another tensor, which is gone
             self.computed -= memory
-        if call.name == "add" and len(call.tensors()) == 2 and call["self"].shape == call["other"].shape:
+        if call.name == "add" and len(call.tensors) == 2 and call["self"].shape == call["other"].shape:
             self.sums[len(self.history.values) - 1] = self.dims(call.out)
 
 
@@ -323,8 +324,9 @@ class OpCall:
         first: Tensor = self.result[0] if isinstance(self.result, tuple | list) else self.result
         return first
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
-        """Return all tensor arguments, lists opened."""
+        """All tensor arguments, lists opened."""
         found: list[Tensor] = []
         for value in self.arguments.values():
             if isinstance(value, Tensor):
@@ -333,7 +335,8 @@ class OpCall:
                 found.extend(item for item in value if isinstance(item, Tensor))
         return found
 
+    @cached_property
     def results(self) -> list[Tensor]:
-        """Return all tensors of the result."""
+        """All tensors of the result."""
         values = self.result if isinstance(self.result, tuple | list) else [self.result]
         return [value for value in values if isinstance(value, Tensor)]

@@ -207,11 +207,12 @@ class Outputs:
     def __init__(self, model: nn.Module, structure: Structure, seed: int = 0) -> None:
         self.model, self.structure, self.seed = model, structure, seed
         self._plain: dict[tuple[torch.dtype, int], tuple[Any, set[str]]] = {}
+        self._to_use = to_use(structure, [axis.name for axis in structure.prunable])
 
     def unreached(self) -> dict[str, str]:
         """Return the axes of which no draw uses all parameters, each with what is wrong."""
         axes = {axis.name: to_use(self.structure, [axis.name]) for axis in self.structure.prunable}
-        left = set[str]().union(*axes.values())
+        left = set(self._to_use)
         for draw in draws(self.structure, self.seed):
             if not left:
                 break
@@ -248,10 +249,10 @@ class Outputs:
         return self._plain[dtype, seed]
 
     def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
-        """Return the output and, where the path depends on parameters, which have been used."""
+        """Return the output of the model and, if nothing is permuted, which parameters that must be used have been."""
         with undisturbed(self.model):  # drawn anew each time: some models write to their state, or cache what follows
             state = _permute(redraw(self.model, self.structure, dtype, seed), self.structure, orders)
-            with noting_use(self.model, self.structure, state) as used:
+            with noting_use(self.model, state, () if orders else self._to_use) as used:
                 return call_with_state(self.model, state, self.structure.inputs.to(dtype)), used
 
 

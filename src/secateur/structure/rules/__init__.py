@@ -40,10 +40,10 @@ def all_rules() -> dict[str, Rule]:
 
 def apply_rule(call: OpCall) -> None:
     """Let an operation speak; freeze what an unknown one touches, and units of which it uses the indices otherwise."""
-    tracer, arguments = call.tracer, call.tensors()
+    tracer, arguments = call.tracer, call.tensors
     tracer.followed.clear()
     _apply(call)
-    new = [tensor for tensor in call.results() if all(tensor is not other for other in arguments)]
+    new = [tensor for tensor in call.results if all(tensor is not other for other in arguments)]
     if not any(tensor in tracer.meaning_of for tensor in new):
         lost = [tensor for tensor in arguments if all(tensor is not other for other in tracer.followed)]
         tracer.keep_order(lost, f"rows are assigned to units by value, and {call.name} uses which")
@@ -57,7 +57,7 @@ def _apply(call: OpCall) -> None:
             return known(call)
         except Exception as error:  # a form of the operation that nobody thought of must not stop the user
             reason = f"the rule for {call.name} does not know this form of it ({type(error).__name__}: {error})"
-    for tensor in call.tensors():
+    for tensor in call.tensors:
         call.tracer.freeze(call.tracer.dims(tensor), reason)
-    for tensor in call.results():
+    for tensor in call.results:
         call.tracer.fresh(tensor, f"{reason} ({call.tracer.where()})")

@@ -167,6 +167,6 @@ def attention(call: OpCall) -> None:
     tracer.use_as("head dim", q[-1], v[-1])
     tracer.cost(*scores, q[-1])
     tracer.cost(*scores, v[-1])
-    for result in call.results():
+    for result in call.results:
         tracer.fresh(result)
     tracer.set(call.out, [*q[:-1], v[-1]])

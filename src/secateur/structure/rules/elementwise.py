@@ -50,16 +50,16 @@ def broadcast_dims(tracer: Tracer, operands: Iterable[Sequence[Dim]], rank: int)
 def pointwise(call: OpCall) -> None:
     """Unify along each position."""
     tracer = call.tracer
-    dims = broadcast(tracer, call.tensors(), call.out.dim())
-    for tensor in call.results():
+    dims = broadcast(tracer, call.tensors, call.out.dim())
+    for tensor in call.results:
         tracer.set(tensor, dims)
 
 
 @rule(*_SAME)
 def same_dims(call: OpCall) -> None:
     """Copy the dims of the only input."""
-    source = call.tensors()[0]
-    for tensor in call.results():
+    source = call.tensors[0]
+    for tensor in call.results:
         call.tracer.follow(tensor, source, call.tracer.dims(source))
 
 

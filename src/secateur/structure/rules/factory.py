@@ -23,7 +23,7 @@ def ordered(call: OpCall) -> None:
 @rule("rand_like", "randn_like", "bernoulli")
 def random_like(call: OpCall) -> None:
     """Random values change with the size; in training nobody expects the same ones again."""
-    source = call.tensors()[0]
+    source = call.tensors[0]
     if call.tracer.training:
         call.tracer.set(call.out, call.tracer.dims(source))
     else:

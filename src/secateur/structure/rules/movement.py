@@ -27,9 +27,9 @@ def view(call: OpCall) -> None:
 def unknown_movement(call: OpCall) -> None:
     """Freeze both sides of a movement that cannot be followed."""
     reason = f"{call.name} cannot be followed"
-    for tensor in call.tensors():
+    for tensor in call.tensors:
         call.tracer.freeze(call.tracer.dims(tensor), reason)
-    for tensor in call.results():
+    for tensor in call.results:
         call.tracer.fresh(tensor, f"{reason} ({call.tracer.where()})")
 
 
@@ -192,7 +192,7 @@ def view_as_real(call: OpCall) -> None:
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def split_dim(call: OpCall) -> None:
     """The pieces are the segments of the dim."""
-    tracer, source, results = call.tracer, call["self"], call.results()
+    tracer, source, results = call.tracer, call["self"], call.results
     position = call["dim"] % source.dim()
     lengths = [result.shape[position] for result in results]
     pieces = split(tracer.dims(source)[position], lengths, tracer.place())
@@ -251,7 +251,7 @@ def _drop(call: OpCall, position: int) -> None:
     tracer, source = call.tracer, call["self"]
     dims = list(tracer.dims(source))
     tracer.freeze([dims.pop(position % source.dim())], "indexed by a number")
-    for result in call.results():
+    for result in call.results:
         tracer.follow(result, source, dims)
 
 

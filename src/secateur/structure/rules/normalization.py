@@ -66,7 +66,7 @@ def weight_norm(call: OpCall) -> None:
         if own.size > 1:
             tracer.unify(own, dim)
     tracer.consume("v", v, [i for i in range(v.dim()) if i != position])
-    for tensor in call.results():
+    for tensor in call.results:
         tracer.fresh(tensor, "norms")
     tracer.set(call.out, dims)
 
@@ -87,7 +87,7 @@ def group_norm(call: OpCall) -> None:
 
 def _set_first(call: OpCall, x: Tensor) -> None:
     """Give the first result the dims of the input; the others are statistics that only training reads."""
-    for tensor in call.results():
+    for tensor in call.results:
         call.tracer.fresh(tensor, "statistics")
     call.tracer.set(call.out, call.tracer.dims(x))
 
@@ -118,7 +118,7 @@ def reduction(call: OpCall) -> None:
     asked = call.arguments.get("dim")
     positions = _positions(asked, x)
     call.tracer.consume("self", x, positions, _REDUCTIONS[call.name])
-    for result in call.results():
+    for result in call.results:
         _drop(call.tracer, x, result, positions)
 
 
@@ -163,7 +163,7 @@ def ordered(call: OpCall) -> None:
     positions = _positions(asked, x)
     dims = tracer.dims(x)
     tracer.freeze([dims[p] for p in positions], f"{call.name} depends on the order")
-    for result in call.results():
+    for result in call.results:
         if result.dim() == x.dim():
             tracer.set(
                 result, [d if d.size == s else leaf(s, call.name) for d, s in zip(dims, result.shape, strict=True)]
@@ -190,7 +190,7 @@ def pool(call: OpCall) -> None:
     x = call["self"]
     space = 3 if "3d" in call.name else 1 if "1d" in call.name else 2
     same = [x.dim() - space + i for i in range(space) if _window(call, i) == (1, 1, 0)]
-    for result in call.results():
+    for result in call.results:
         windowed(call.tracer, x, result, x.dim() - space, same)
 
 

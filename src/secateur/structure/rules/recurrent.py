@@ -25,5 +25,5 @@ def lstm_layer(call: OpCall) -> None:
     tracer.consume("weight1", recurrent, [1])
     tracer.cost(steps, batch, *tracer.dims(first))
     tracer.cost(steps, batch, *tracer.dims(recurrent))
-    for result in call.results():
+    for result in call.results:
         tracer.set(result, [*([steps, batch] if result.dim() == 3 else [batch]), hidden])

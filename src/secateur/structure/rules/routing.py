@@ -26,7 +26,7 @@ def topk(call: OpCall) -> None:
     tracer.consume("self", x, [position], -_INF if call["largest"] else _INF)
     tracer.choose(units, number)
     dims[position] = leaf(number, "chosen units")
-    values, indices = call.results()
+    values, indices = call.results
     tracer.set(values, dims)
     tracer.set(indices, dims)
     tracer.mean(indices, "index", units)
