@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.structure import draws
-from secateur.structure.prove import prove_cut, proved_depth
+from secateur.structure import prove
+from secateur.structure.draws import IN_VAIN, draws, to_use, tries
+from secateur.structure.prove import prove_cut, proved_depth, proved_keep
 
 
 class Turning(nn.Module):
@@ -35,7 +36,7 @@ def test_ways_without_parameters_are_tried_too(seed, monkeypatch):
     assert structure.axis("a").prunable and structure.reads_values
     kept = {"a": torch.arange(12) < 6}
     assert "a" in structure.verify(model, seed).failed and not prove_cut(model, structure, kept, seed).ok
-    monkeypatch.setattr(draws, "FEWEST_DRAWS", 1)
+    monkeypatch.setattr(prove, "FEWEST_DRAWS", 1)
     assert any(prove_cut(model, structure, kept, s).ok for s in range(4))
 
 
@@ -54,7 +55,7 @@ class Dropping(nn.Module):
 
 
 def test_a_branch_is_dropped_only_if_every_draw_takes_the_traced_path(monkeypatch):
-    monkeypatch.setattr(draws, "FEWEST_DRAWS", 1)
+    monkeypatch.setattr(prove, "FEWEST_DRAWS", 1)
     torch.manual_seed(0)
     model, x = Dropping().eval(), torch.rand(2, 5)
     with torch.no_grad():
@@ -157,5 +158,56 @@ def test_what_only_training_uses_and_buffers_in_its_memory_do_not_refuse_a_cut()
     structure = sc.trace(model, torch.randn(3, 5))
     assert structure.reads_values and structure.only_in_training == {"aux.weight", "aux.bias"}
     assert set(structure.order) >= structure.only_in_training
-    assert "a.weight" in draws.to_use(structure, ["a"]) and "aux.weight" not in draws.to_use(structure, ["a"])
+    held = to_use(structure, ["a"])["a"]
+    assert "a.weight" in held and "aux.weight" not in held
     assert structure.axis("a").prunable and structure.verify(model).ok
+
+
+def test_tries_go_on_while_they_find_something_and_end_in_vain():
+    missing = {"a", "b", "c"}
+    found_at = {3: "a", 3 + IN_VAIN: "b"}  # the latter is the last of as many as are tried in vain
+    tried = []
+    for i in tries(lambda: missing):
+        tried.append(i)
+        missing.discard(found_at.get(i))
+    assert missing == {"c"} and tried == list(range(2 * (4 + IN_VAIN)))
+    assert [*tries(lambda: ())] == [] and [*tries(lambda: (), least=3)] == [0, 1, 2]
+
+
+def test_draws_are_as_many_as_there_are_paths_and_differ_between_seeds():
+    one, several = (
+        sc.trace(Read(look), torch.randn(3, 5)) for look in (lambda *_: None, lambda m, x, y: bool(y.sum()))
+    )
+    assert len([*draws(one, 0, (), 4)]) == 1 and [*draws(one, 0, (), 0)] == [*draws(several, 0, (), 0)] == []
+    assert len({*draws(several, 0, ("a",), 4)} | {*draws(several, 1, ("a",), 4)}) == 2 * IN_VAIN
+
+
+class Rare(nn.Module):
+    """Takes a detour for the numbers that it was trained to, and for hardly any others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Linear(5, 8), nn.Linear(5, 1), nn.Linear(8, 3)
+        self.up, self.down = nn.Linear(8, 10), nn.Linear(10, 8)
+        self.far, self.back = nn.Linear(8, 12), nn.Linear(12, 8)
+        nn.init.constant_(self.gate.weight, 1e6)
+
+    def forward(self, x):
+        y = self.embed(x)
+        y = y + self.down(self.up(y).relu())
+        return self.head(y + self.back(self.far(y).relu()) if bool(self.gate(x).sum() > 1e6) else y)
+
+
+def test_what_no_draw_has_used_is_to_blame_alone():
+    model, x = Rare().eval(), torch.rand(2, 5) + 1
+    structure = sc.trace(model, x)
+    assert {axis.name for axis in structure.prunable} >= {"embed", "up", "far"}
+    failed = structure.verify(model).failed
+    assert failed.keys() == {"embed", "far"}  # the detour holds both
+    assert failed["far"] == "no draw of the parameters has used back.weight: pass longer or more example inputs"
+    kept = {"up": torch.arange(10) < 6, "far": torch.arange(12) < 6}
+    refused = prove_cut(model, structure, kept)
+    assert not refused.ok and refused.reason == failed["far"] and refused.max_error < 1e-5
+    proof, left = proved_keep(model, structure, kept)
+    assert proof.failed == {"far": failed["far"]}
+    assert left.axis("up").prunable and not left.axis("far").prunable

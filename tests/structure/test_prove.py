@@ -29,7 +29,7 @@ def search(monkeypatch, errors_of):
             found[dtype] = errors_of(set(kept), dtype)
             if found[dtype] <= prove.TOLERANCE[dtype]:
                 break
-        return found
+        return prove.Errors(found)
 
     monkeypatch.setattr(prove, "_cut_errors", errors)
     return prove._each_cut(nn.Identity(), None, list, CLASSES, "wrong", 0).failed, tries
@@ -126,4 +126,4 @@ def test_a_recurrent_layer_that_is_cut_wrongly_is_not_run(kind):
         dims = list(structure.tensors[name])
         dims[position] = leaf(dims[position].size)  # stays whole; run, some of these would end the process
         wrong = dataclasses.replace(structure, tensors={**structure.tensors, name: tuple(dims)})
-        assert prove._cut_errors(model, wrong, kept, 0) == {torch.float32: float("inf")}
+        assert prove._cut_errors(model, wrong, kept, 0) == prove.Errors({torch.float32: float("inf")})

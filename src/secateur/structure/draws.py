@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +20,49 @@ if TYPE_CHECKING:
 FEWEST_DRAWS = 4
 """So many are tried at least: paths may differ by code without parameters, too."""
 
-MOST_DRAWS = 16
-"""So many are tried until all parameters in question have been used; what none of them has used is not proved."""
+IN_VAIN = 16
+"""After so many draws in a row that used nothing new, or half of all, what is left to be used is given up."""
+
+APART = 1000
+"""Proofs of different seeds try different draws."""
 
 
-def draws(structure: Structure, seed: int) -> range:
-    """Return the seeds of the draws that a proof may try; proofs of other seeds try others."""
-    return range(MOST_DRAWS * seed, MOST_DRAWS * seed + (MOST_DRAWS if structure.reads_values else 1))
+def tries(missing: Callable[[], Collection[str]], least: int = 0) -> Iterator[int]:
+    """Yield numbers, so many at least, until nothing is missing any more, or until too many in a row found nothing."""
+    done = last = 0
+    while done < least or (missing() and done - last < max(IN_VAIN, last)):
+        before = len(missing())
+        yield done
+        done += 1
+        last = done if len(missing()) < before else last
 
 
-def enough(structure: Structure, done: int, left: set[str]) -> bool:
-    """Return whether a proof may end after so many draws, with these parameters left to be used."""
-    return not left and done >= min(FEWEST_DRAWS, len(draws(structure, 0)))
+def draws(structure: Structure, seed: int, left: Collection[str], least: int) -> Iterator[int]:
+    """Yield the seeds of the draws that a proof tries, while parameters are left that it has not used.
+
+    `least` draws are tried where there are several paths, else one.
+    """
+    for i in tries(lambda: left, least if structure.reads_values else min(least, 1)):
+        yield APART * seed + i
 
 
-def to_use(structure: Structure, names: Iterable[str]) -> set[str]:
-    """Return the parameters that a proof of these axes must have used: none if there is one path alone."""
+def to_use(structure: Structure, names: Iterable[str]) -> dict[str, set[str]]:
+    """Return, for each of these axes, the parameters that a proof must have used; nothing if there is one path."""
     if not structure.reads_values:
-        return set()
-    axes = {structure.axis(name).leaf for name in names}
-    reached = structure.parameters.intersection(structure.order) - structure.only_in_training
-    return {name for name in reached if any(node in axes for dim in structure.tensors[name] for node in leaves(dim))}
+        return {}
+    asked = set(names)
+    name_of = {axis.leaf: axis.name for axis in structure.axes if axis.name in asked}
+    found: dict[str, set[str]] = {name: set() for name in name_of.values()}
+    for parameter in structure.parameters.intersection(structure.order) - structure.only_in_training:
+        for node in (node for dim in structure.tensors[parameter] for node in leaves(dim)):
+            if node in name_of:
+                found[name_of[node]].add(parameter)
+    return found
+
+
+def why_unused(names: Collection[str]) -> str:
+    """Return what is wrong where parameters are left that no draw has used."""
+    return f"no draw of the parameters has used {min(names)}: pass longer or more example inputs"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidInputs, PlanMismatch, SecateurError
 from secateur.structure.dims import Dim, leaves, order_under
-from secateur.structure.draws import draws, enough, noting_use, to_use
+from secateur.structure.draws import FEWEST_DRAWS, IN_VAIN, draws, noting_use, to_use, why_unused
 from secateur.structure.inputs import call_with_state, modules_of, relative_error, state_of, undisturbed
 from secateur.structure.masked import drops_branches, run_masked
 from secateur.structure.plan import Plan
@@ -69,13 +69,23 @@ def prove_cut(model: nn.Module, structure: Structure, kept: Kept, seed: int = 0)
     return _judged(_cut_errors(model, structure, kept, seed))
 
 
-Errors = Mapping[torch.dtype, float]
-"""The error of a cut in each type that was tried, in that order; the last one decides."""
+@dataclass(frozen=True)
+class Errors:
+    """What the comparison of a cut with the masked network has shown.
+
+    Attributes:
+        by_type: The error in each type that was tried, in that order; the last one decides.
+        unused: Parameters of which the cut removes something, and which no draw has used.
+    """
+
+    by_type: Mapping[torch.dtype, float]
+    unused: frozenset[str] = frozenset()
 
 
 def _judged(errors: Errors) -> Verification:
-    dtype, error = list(errors.items())[-1]
-    return Verification(error, ok=error <= TOLERANCE[dtype])
+    dtype, error = list(errors.by_type.items())[-1]
+    reason = why_unused(errors.unused) if errors.unused else ""
+    return Verification(error, ok=error <= TOLERANCE[dtype] and not reason, reason=reason)
 
 
 def _cut_errors(
@@ -92,20 +102,21 @@ def _cut_errors(
     """
     dtypes = dtypes or proof_dtypes(model)
     errors: dict[torch.dtype, float] = {}
+    unused: frozenset[str] = frozenset()
     plan = make_plan(structure, kept)
     small = skeleton(model)
     try:
         apply_plan(small, plan)
     except PlanMismatch:
-        return {dtypes[0]: float("inf")}
+        return Errors({dtypes[0]: float("inf")})
     if not _recurrent_layers_fit(small):
-        return {dtypes[0]: float("inf")}
+        return Errors({dtypes[0]: float("inf")})
     pair = _Pair(model, small, structure, kept, plan, orders or {})
     for dtype in dtypes:
-        errors[dtype] = pair.error(dtype, seed)
+        errors[dtype], unused = pair.error(dtype, seed)
         if errors[dtype] <= TOLERANCE[dtype] or errors[dtype] == float("inf"):
             break
-    return errors
+    return Errors(errors, unused)
 
 
 @dataclass(frozen=True)
@@ -119,25 +130,25 @@ class _Pair:
     plan: Plan
     orders: Mapping[Dim, Tensor]
 
-    def error(self, dtype: torch.dtype, seed: int) -> float:
-        """Return by how much they differ, at most, on re-drawn parameters.
+    def error(self, dtype: torch.dtype, seed: int) -> tuple[float, frozenset[str]]:
+        """Return by how much they differ, at most, on re-drawn parameters, and which that are cut no draw has used.
 
-        Infinite if one of them does not run, or if no draw has used all that is cut. Where a branch is dropped, all
-        draws are tried, because each may take another path.
+        Infinite if one of them does not run. Where a branch is dropped, more draws are tried, because each may take
+        another path.
         """
         cut = [axis.name for axis in self.structure.axes if not bool(self.kept.get(axis.name, ALL).all())]
-        drops = drops_branches(self.structure, self.kept)
-        worst, left = 0.0, to_use(self.structure, cut)
-        for i, draw in enumerate(draws(self.structure, seed)):
+        least = IN_VAIN if drops_branches(self.structure, self.kept) else FEWEST_DRAWS
+        worst, left = 0.0, set[str]().union(*to_use(self.structure, cut).values())
+        for draw in draws(self.structure, seed, left, least):
             try:
                 error, used = self._error_on(dtype, draw, left)
             except SecateurError:
-                return float("inf")
+                return float("inf"), frozenset()
             worst = max(worst, error)
+            if worst > TOLERANCE[dtype]:
+                return worst, frozenset()
             left -= used
-            if worst > TOLERANCE[dtype] or (enough(self.structure, i + 1, left) and not drops):
-                return worst
-        return float("inf") if left else worst
+        return worst, frozenset(left)
 
     def _error_on(self, dtype: torch.dtype, seed: int, names: Collection[str]) -> tuple[float, set[str]]:
         """Return the error on one draw, and which of the tensors with these names the masked network has used."""
@@ -301,6 +312,13 @@ def _each_cut(
     proof = _judged(errors)
     if proof.ok:
         return proof
+    if errors.unused:
+        unused = {name: held & errors.unused for name, held in to_use(structure, names).items() if held & errors.unused}
+        blamed = [members for members in classes if not unused.keys().isdisjoint(members)]
+        failed = {name: why_unused(unused.get(name, errors.unused)) for members in blamed for name in members}
+        others = [members for members in classes if members not in blamed]
+        proof = _each_cut(model, structure, cut_of, others, wrong, seed)
+        return replace(proof, ok=False, failed={**failed, **proof.failed})
     culprits = _Search(model, structure, cut_of, seed, errors).culprits(classes)
     return replace(proof, failed=dict.fromkeys(culprits, wrong))
 
@@ -324,7 +342,8 @@ class _Search:
         self, model: nn.Module, structure: Structure, cut_of: Callable[[list[str]], Kept], seed: int, errors: Errors
     ) -> None:
         self.model, self.structure, self.cut_of, self.seed = model, structure, cut_of, seed
-        agree = len(errors) == 2 and min(errors.values()) > 0.9 * max(errors.values())
+        found = errors.by_type.values()
+        agree = len(found) == 2 and min(found) > 0.9 * max(found)
         self.quick = (torch.float32,) if agree else ()
 
     def culprits(self, classes: list[tuple[str, ...]]) -> list[str]:

@@ -26,6 +26,7 @@ from secateur.errors import InvalidInputs
 from secateur.structure.attention import opened_attention
 from secateur.structure.calls import FunctionCall, implicitly_read, normalized_sizes, value_arguments
 from secateur.structure.dims import Dim, freeze, product
+from secateur.structure.draws import tries
 from secateur.structure.inputs import (
     Inputs,
     aliases_of,
@@ -46,9 +47,6 @@ from secateur.structure.solve import solve
 from secateur.structure.structure import Structure
 from secateur.structure.tracer import OpCall, Tracer
 from secateur.structure.weightless import KnownValues
-
-OTHER_RUNS = 16
-"""How many are tried to reach parameters that the example inputs do not reach, where the path depends on values."""
 
 # Indices of these types select as many rows as they have true entries, which the code can see.
 _MASKS = {torch.bool, torch.uint8}
@@ -162,9 +160,9 @@ def _trace_other_paths(
     if _unused(model, tracer):
         results += _trace_again(model, tracer, state, inputs, training=True)
     without_values = any(parameter.is_meta for parameter in model.parameters())
-    for seed in range(OTHER_RUNS):
-        if without_values or not tracer.reads_data or not _unused(model, tracer):
-            break
+    if without_values or not tracer.reads_data:
+        return results
+    for seed in tries(lambda: _unused(model, tracer)):
         other = dict(state)
         for name, parameter in model.named_parameters():
             other[name] = shuffled(parameter.detach(), seed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidInputs
 from secateur.structure.dims import Dim, leaves, order_under
-from secateur.structure.draws import FEWEST_DRAWS, draws, enough, noting_use, to_use
+from secateur.structure.draws import FEWEST_DRAWS, draws, noting_use, to_use, why_unused
 from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
 
 if TYPE_CHECKING:
@@ -207,19 +207,21 @@ class Outputs:
     def __init__(self, model: nn.Module, structure: Structure, seed: int = 0) -> None:
         self.model, self.structure, self.seed = model, structure, seed
         self._plain: dict[tuple[torch.dtype, int], tuple[Any, set[str]]] = {}
-        self._to_use = to_use(structure, [axis.name for axis in structure.prunable])
+        self._held = to_use(structure, [axis.name for axis in structure.prunable])
+        self._to_use = frozenset[str]().union(*self._held.values())
+        self._least = FEWEST_DRAWS
 
     def unreached(self) -> dict[str, str]:
         """Return the axes of which no draw uses all parameters, each with what is wrong."""
-        axes = {axis.name: to_use(self.structure, [axis.name]) for axis in self.structure.prunable}
-        left = set(self._to_use)
-        for draw in draws(self.structure, self.seed):
-            if not left:
-                break
+        left, dtype = set(self._to_use), proof_dtypes(self.model)[0]
+        for i, draw in enumerate(draws(self.structure, self.seed, left, 0)):
+            self._least = max(FEWEST_DRAWS, i + 1)  # each group of axes is used by some of these
             with suppress(InvalidInputs):
-                left -= self._unpermuted(proof_dtypes(self.model)[0], draw)[1]
-        missing = {name: sorted(members & left) for name, members in axes.items()}
-        return {name: f"no draw of the parameters has used {m[0]}" for name, m in missing.items() if m}
+                _, used = self._unpermuted(dtype, draw)
+                if i >= FEWEST_DRAWS and not left & used:
+                    self._plain[dtype, draw] = None, set()  # nobody needs the output
+                left -= used
+        return {name: why_unused(held & left) for name, held in self._held.items() if held & left}
 
     def error_with(self, names: Sequence[str], dtype: torch.dtype) -> float:
         """Return the relative error of the output when these axes are permuted in every tensor that holds them.
@@ -229,19 +231,17 @@ class Outputs:
         generator = torch.Generator().manual_seed(self.seed)
         sizes = {name: self.structure.axis(name).size for name in names}
         orders = {self.structure.axis(n).leaf: random_cycle(size, generator) for n, size in sizes.items()}
-        worst, left = 0.0, to_use(self.structure, names)
+        worst, left = 0.0, set[str]().union(*(self._held.get(name, ()) for name in names))
         try:
-            for i, draw in enumerate(draws(self.structure, self.seed)):
+            for i, draw in enumerate(draws(self.structure, self.seed, left, self._least)):
                 expected, used = self._unpermuted(dtype, draw)
                 if i >= FEWEST_DRAWS and not left & used:
                     continue
                 worst = max(worst, relative_error(self._output(orders, dtype, draw)[0], expected))
                 left -= used
-                if enough(self.structure, i + 1, left):
-                    return worst
         except InvalidInputs:  # code that insists on one dtype
-            pass
-        return float("inf")
+            return float("inf")
+        return float("inf") if left else worst
 
     def _unpermuted(self, dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
         if (dtype, seed) not in self._plain:
