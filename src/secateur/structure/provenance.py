@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.structure.caches import passed_by
 from secateur.structure.dims import Dim, size_under
 from secateur.structure.inputs import modules_of
 
@@ -181,17 +181,18 @@ def expression_of(value: int) -> Expression:
 def traced_attributes(model: nn.Module, listener: Listener) -> Iterator[None]:
     """Replace every integer that a module holds by a `TracedInt`, and restore the originals at the end."""
     originals: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for path, prefix, namespace in _namespaces(model):
-            for name, value in list(namespace.items()):
-                traced = _trace_value(path, prefix + name, value, listener)
-                if traced is not value:
-                    originals.append((namespace, name, value))
-                    namespace[name] = traced
-        yield
-    finally:
-        for namespace, name, value in originals:
-            namespace[name] = value
+    with passed_by(model, TracedInt):
+        try:
+            for path, prefix, namespace in _namespaces(model):
+                for name, value in list(namespace.items()):
+                    traced = _trace_value(path, prefix + name, value, listener)
+                    if traced is not value:
+                        originals.append((namespace, name, value))
+                        namespace[name] = traced
+            yield
+        finally:
+            for namespace, name, value in originals:
+                namespace[name] = value
 
 
 def _namespaces(model: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -221,11 +222,26 @@ def is_settings(value: Any) -> bool:
     return hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 
 
+MOST_SETTINGS = 64
+"""A dict with more entries holds data (a vocabulary), not settings."""
+
+
 def _trace_value(path: str, name: str, value: Any, listener: Listener) -> Any:
+    """Return a value with all integers in it traced, in tuples, lists and dicts, too; itself if there are none."""
     if type(value) is int:
         return TracedInt(value, Attribute(path, name), listener)
-    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-        return type(value)(TracedInt(item, Attribute(path, name, i), listener) for i, item in enumerate(value))
+    if type(value) in (tuple, list):
+        items = [
+            TracedInt(item, Attribute(path, name, i), listener)
+            if type(item) is int
+            else _trace_value(path, f"{name}.{i}", item, listener)
+            for i, item in enumerate(value)
+        ]
+        return type(value)(items) if any(map(operator.is_not, items, value)) else value
+    if type(value) is dict and len(value) <= MOST_SETTINGS:
+        named = {key: item for key, item in value.items() if isinstance(key, str) and "." not in key}
+        traced = {key: _trace_value(path, f"{name}.{key}", item, listener) for key, item in named.items()}
+        return {**value, **traced} if any(traced[key] is not item for key, item in named.items()) else value
     return value
 
 
@@ -245,28 +261,30 @@ def _is_number(value: Any) -> bool:
 
 def read_attribute(model: nn.Module, attribute: Attribute) -> int:
     """Return the present value of an attribute."""
-    holder, name = _holder(model, attribute)
-    value = _item(holder, name)
+    value: Any = model.get_submodule(attribute.module)
+    for name in attribute.name.split("."):
+        value = _item(value, name)
     return int(value if attribute.index is None else value[attribute.index])
 
 
 def write_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
     """Set an attribute; mutates `model`."""
-    holder, name = _holder(model, attribute)
-    new: Any = value
-    if attribute.index is not None:
-        old = _item(holder, name)
-        new = type(old)(value if i == attribute.index else item for i, item in enumerate(old))
+    path = attribute.name.split(".") + ([] if attribute.index is None else [str(attribute.index)])
+    _with(model.get_submodule(attribute.module), path, value)
+
+
+def _with(holder: Any, path: list[str], value: int) -> Any:
+    """Return a holder with another value at a path: a plain container anew, for others may hold it, all else itself."""
+    if not path:
+        return value
+    name, *rest = path
+    new = _with(_item(holder, name), rest, value)
+    if isinstance(holder, list | tuple):
+        return type(holder)(new if i == int(name) else item for i, item in enumerate(holder))
     if isinstance(holder, dict):
-        holder[name] = new
-    else:
-        vars(holder)[name] = new  # not by setattr: some configurations are frozen
-
-
-def _holder(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
-    """Return the object that has the attribute, and the attribute's name there."""
-    *path, name = attribute.name.split(".")
-    return reduce(_item, path, model.get_submodule(attribute.module)), name
+        return {**holder, name: new}
+    vars(holder)[name] = new  # not by setattr: some configurations are frozen
+    return holder
 
 
 def _item(holder: Any, name: str) -> Any:
