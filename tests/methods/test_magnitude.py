@@ -63,3 +63,19 @@ def test_global_and_per_layer_allocation_differ_as_they_should():
     each = sc.prune(model, x, method="magnitude", allocation="uniform", budget=budget).masks
     for name in ("0.weight", "1.weight"):
         assert torch.equal(each[name], (torch.arange(16) >= 8).view(4, 4))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.mix = nn.Parameter(torch.randn(8, 8, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return self.b((self.a(x).to(torch.cfloat) @ self.mix).real)
+
+
+def test_complex_weights_count_by_their_size():
+    units = Channel().units(Complex().eval(), torch.randn(3, 4), Scope())
+    a, b = (Magnitude(p=p).score(sc.Context(units)) for p in (2, 2 + 1e-9))
+    assert a and all(not a[name].is_complex() and torch.allclose(a[name], b[name]) for name in a)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.structure import draws as draws_module
 from secateur.structure import prove
-from secateur.structure.draws import IN_VAIN, draws, to_use, tries
+from secateur.structure.draws import IN_VAIN, PATIENCE, draws, to_use, tries
 from secateur.structure.prove import prove_cut, proved_depth, proved_keep
+from secateur.structure.verify import Outputs
 
 
 class Turning(nn.Module):
@@ -68,25 +70,35 @@ def test_a_branch_is_dropped_only_if_every_draw_takes_the_traced_path(monkeypatc
 class Looped(nn.Module):
     """Runs every expert, most on no rows; one divides by the number of its units in a way that no trace sees."""
 
-    def __init__(self, secret) -> None:
+    def __init__(self, secret, experts=6, prepared=lambda weight: weight) -> None:
         super().__init__()
-        self.embed, self.route, self.head, self.secret = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(8, 3), secret
-        self.up = nn.ModuleList(nn.Linear(8, 10) for _ in range(6))
-        self.down = nn.ModuleList(nn.Linear(10, 8) for _ in range(6))
+        self.embed, self.route, self.head = nn.Linear(5, 8), nn.Linear(8, experts), nn.Linear(8, 3)
+        self.up = nn.ModuleList(nn.Linear(8, 10) for _ in range(experts))
+        self.down = nn.ModuleList(nn.Linear(10, 8) for _ in range(experts))
+        self.secret, self.prepared = secret, prepared
 
     def forward(self, x):
         y = self.embed(x)
         chosen, out = self.route(y).argmax(-1), torch.zeros_like(y)
-        for i in range(6):
-            hidden = self.up[i](y[chosen == i]).relu()
-            out[chosen == i] = self.down[i](hidden / len(hidden.T) if i == self.secret else hidden)
+        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            hidden = nn.functional.linear(y[chosen == i], self.prepared(up.weight), self.prepared(up.bias)).relu()
+            out[chosen == i] = down(hidden / len(hidden.T) if i == self.secret else hidden)
         return self.head(y + out)
 
 
+PREPARED = {
+    "as it is": lambda weight: weight,
+    "scaled": lambda weight: 1.0 * weight,
+    "copied": lambda weight: torch.ones(1) * weight.clone(),
+    "stacked": lambda weight: torch.stack([weight, weight])[0],
+}
+
+
 @pytest.mark.parametrize("expert", range(6))
-def test_an_expert_that_runs_on_no_rows_has_not_been_used(expert):
+@pytest.mark.parametrize("prepared", PREPARED)
+def test_an_expert_that_runs_on_no_rows_has_not_been_used(expert, prepared):
     torch.manual_seed(expert)
-    model, x = Looped(expert).eval(), torch.randn(2, 5)
+    model, x = Looped(expert, prepared=PREPARED[prepared]).eval(), torch.randn(2, 5)
     structure = sc.trace(model, x)
     assert structure.axis(f"up.{expert}").prunable
     assert f"up.{expert}" in structure.verify(model).failed
@@ -163,15 +175,23 @@ def test_what_only_training_uses_and_buffers_in_its_memory_do_not_refuse_a_cut()
     assert structure.axis("a").prunable and structure.verify(model).ok
 
 
-def test_tries_go_on_while_they_find_something_and_end_in_vain():
-    missing = {"a", "b", "c"}
-    found_at = {3: "a", 3 + IN_VAIN: "b"}  # the latter is the last of as many as are tried in vain
-    tried = []
-    for i in tries(lambda: missing):
-        tried.append(i)
+def tried(found_at, missing, least=0):
+    missing, numbers = set(missing), []
+    for i in tries(lambda: missing, least):
+        numbers.append(i)
         missing.discard(found_at.get(i))
-    assert missing == {"c"} and tried == list(range(2 * (4 + IN_VAIN)))
-    assert [*tries(lambda: ())] == [] and [*tries(lambda: (), least=3)] == [0, 1, 2]
+    return missing, numbers
+
+
+def test_tries_go_on_while_they_find_something_and_end_in_vain(monkeypatch):
+    found_at = {3: "a", 3 + IN_VAIN: "b"}  # the latter is the last of as many as are tried in vain
+    assert tried(found_at, "abc") == ({"c"}, list(range(4 + 2 * IN_VAIN)))
+    assert tried({}, "") == (set(), []) and tried({}, "", least=3) == (set(), [0, 1, 2])
+    ten = dict(enumerate("abcdefghij"))
+    assert tried(ten, "abcdefghijk") == ({"k"}, list(range(10 + 10 * PATIENCE)))  # one of many may take long
+    assert tried({**ten, 9 + 10 * PATIENCE: "k"}, "abcdefghijk") == (set(), list(range(10 + 10 * PATIENCE)))
+    monkeypatch.setattr(draws_module, "MOST_DRAWS", 12)
+    assert tried(ten, "abcdefghijk") == ({"k"}, list(range(12)))
 
 
 def test_draws_are_as_many_as_there_are_paths_and_differ_between_seeds():
@@ -211,3 +231,79 @@ def test_what_no_draw_has_used_is_to_blame_alone():
     proof, left = proved_keep(model, structure, kept)
     assert proof.failed == {"far": failed["far"]}
     assert left.axis("up").prunable and not left.axis("far").prunable
+
+
+def test_each_of_many_experts_is_proved_on_its_own():
+    torch.manual_seed(0)
+    model, x = Looped(None, experts=16).eval(), torch.randn(2, 5)
+    structure = sc.trace(model, x)
+    assert structure.verify(model).ok
+    for i in range(16):  # some are first used after more draws than an axis alone would get
+        assert prove_cut(model, structure, {f"up.{i}": torch.arange(10) < 5}).ok
+
+
+def test_permutations_that_no_draw_has_used_are_not_proved():
+    model, x = Rare().eval(), torch.rand(2, 5) + 1
+    outputs = Outputs(model, sc.trace(model, x))
+    assert outputs.error_with(["up"], torch.float32) < 1e-5 and outputs.error_with(["far"], torch.float32) == float(
+        "inf"
+    )
+
+
+class Looking(nn.Module):
+    """Looks at a parameter that takes part in nothing else, and returns one that nothing else meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.limit, self.extra = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        y = self.a(x)
+        y = y.relu() if bool((self.limit * self.limit).sum() > 1) else y
+        return self.b(y), (self.extra * 2).sum()
+
+
+def test_parameters_that_are_looked_at_or_returned_are_used():
+    model = Looking().eval()
+    structure = sc.trace(model, torch.randn(2, 5))
+    assert structure.reads_values and structure.verify(model).ok
+
+
+class Sharing(nn.Module):
+    """Has a second parameter in the memory of another one, and a path that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.down, self.up = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 6, bias=False)
+        self.head = nn.Parameter(self.embed.weight.data)
+
+    def forward(self, x):
+        y = self.down(self.embed(x)).relu()
+        return self.up(y if bool(y.sum() > 0) else 2 * y) @ self.head.T
+
+
+def test_a_parameter_in_the_memory_of_another_one_is_used_with_it():
+    model = Sharing().eval()
+    structure = sc.trace(model, torch.randn(2, 6))
+    assert structure.reads_values and "embed.weight" not in structure.order and structure.verify(model).ok
+
+
+class Emptied(nn.Module):
+    """Returns rows that hardly ever exist."""
+
+    def __init__(self, looks) -> None:
+        super().__init__()
+        self.a, self.b, self.looks = nn.Linear(5, 8), nn.Linear(8, 3), looks
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        return y[y.sum(-1) > 1e9] if self.looks else y[:0]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_empty_outputs_prove_nothing(looks):
+    model = Emptied(looks).eval()
+    structure = sc.trace(model, torch.randn(2, 5))
+    assert not structure.verify(model).ok
+    assert not prove_cut(model, structure, {"a": torch.arange(8) < 4}).ok

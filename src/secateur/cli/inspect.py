@@ -104,7 +104,7 @@ def _analyzed(network: nn.Module, inputs: Any) -> tuple[Structure, float | None]
         return trace(network, tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)), None
     structure = trace(network, inputs)
     verification = structure.verify(network)
-    if verification.failed:
+    while verification.failed:  # once as a rule; what is left is free only when nothing fails any more
         structure = structure.frozen(verification.failed)
         verification = structure.verify(network)
     return structure, verification.max_error

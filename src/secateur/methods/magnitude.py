@@ -46,7 +46,8 @@ class _Powers(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
-        return weight.square() if self._p == 2 else weight.abs().pow_(self._p)
+        plain = self._p == 2 and not weight.is_complex()
+        return weight.square() if plain else weight.abs().pow_(self._p)
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights  # by default, asking works the powers out

@@ -303,6 +303,11 @@ OUTLIER = 1e4
 """Entries so many times larger than the typical one (masked logits) are compared with themselves."""
 
 
+def has_entries(output: Any) -> bool:
+    """Return whether there is any number in an output."""
+    return any(tensor.numel() for tensor in output_tensors(output))
+
+
 def relative_error(found: Any, expected: Any) -> float:
     """Return the largest difference over all output tensors, relative to the largest ordinary entry of each.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import InvalidInputs, PlanMismatch, SecateurError
 from secateur.structure.dims import Dim, leaves, order_under
 from secateur.structure.draws import FEWEST_DRAWS, IN_VAIN, draws, noting_use, to_use, why_unused
-from secateur.structure.inputs import call_with_state, modules_of, relative_error, state_of, undisturbed
+from secateur.structure.inputs import call_with_state, has_entries, modules_of, relative_error, state_of, undisturbed
 from secateur.structure.masked import drops_branches, run_masked
 from secateur.structure.plan import Plan
 from secateur.structure.structure import Kept, Structure
@@ -133,33 +133,42 @@ class _Pair:
     def error(self, dtype: torch.dtype, seed: int) -> tuple[float, frozenset[str]]:
         """Return by how much they differ, at most, on re-drawn parameters, and which that are cut no draw has used.
 
-        Infinite if one of them does not run. Where a branch is dropped, more draws are tried, because each may take
-        another path.
+        Infinite if one of them does not run, or if no output has any entries. Where a branch is dropped, more draws are
+        tried, because each may take another path.
         """
         cut = [axis.name for axis in self.structure.axes if not bool(self.kept.get(axis.name, ALL).all())]
         least = IN_VAIN if drops_branches(self.structure, self.kept) else FEWEST_DRAWS
-        worst, left = 0.0, set[str]().union(*to_use(self.structure, cut).values())
-        for draw in draws(self.structure, seed, left, least):
+        held = to_use(self.structure, [axis.name for axis in self.structure.axes])
+        asked, left = (set[str]().union(*(held.get(name, ()) for name in names)) for names in (cut, held))
+        errors = list[float]()
+        for i, draw in enumerate(draws(self.structure, seed, left, least)):  # as patient with one axis as with all
+            if i >= least and not left & asked:
+                break
             try:
                 error, used = self._error_on(dtype, draw, left)
             except SecateurError:
                 return float("inf"), frozenset()
-            worst = max(worst, error)
-            if worst > TOLERANCE[dtype]:
-                return worst, frozenset()
+            errors += [] if error is None else [error]
+            if errors and errors[-1] > TOLERANCE[dtype]:
+                return errors[-1], frozenset()
             left -= used
-        return worst, frozenset(left)
+        return max(errors, default=float("inf")), frozenset(left & asked)
 
-    def _error_on(self, dtype: torch.dtype, seed: int, names: Collection[str]) -> tuple[float, set[str]]:
-        """Return the error on one draw, and which of the tensors with these names the masked network has used."""
+    def _error_on(self, dtype: torch.dtype, seed: int, names: Collection[str]) -> tuple[float | None, set[str]]:
+        """Return the error on one draw, and which of the tensors with these names the masked network has used.
+
+        There is no error where both outputs are empty.
+        """
         with undisturbed(self.model):
             state = redraw(self.model, self.structure, dtype, seed)
         inputs = self.structure.inputs.to(dtype)
         with undisturbed(self.small):  # one after the other: where the model draws random numbers, both draw the same
             found = call_with_state(self.small, self._remaining(state), inputs)
-        with noting_use(self.model, state, names) as used:
+        with noting_use(self.model, state, names, inputs) as used_for:
             expected = run_masked(self.model, self.structure, self.kept, state, inputs)
-        return relative_error(found, expected), used
+            used = used_for(expected)
+        empty = not (has_entries(found) or has_entries(expected))
+        return None if empty else relative_error(found, expected), used
 
     def _remaining(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state of the cut network, with buffers of its own: models write to them."""
@@ -313,14 +322,14 @@ def _each_cut(
     if proof.ok:
         return proof
     if errors.unused:
-        unused = {name: held & errors.unused for name, held in to_use(structure, names).items() if held & errors.unused}
-        blamed = [members for members in classes if not unused.keys().isdisjoint(members)]
-        failed = {name: why_unused(unused.get(name, errors.unused)) for members in blamed for name in members}
-        others = [members for members in classes if members not in blamed]
-        proof = _each_cut(model, structure, cut_of, others, wrong, seed)
-        return replace(proof, ok=False, failed={**failed, **proof.failed})
-    culprits = _Search(model, structure, cut_of, seed, errors).culprits(classes)
-    return replace(proof, failed=dict.fromkeys(culprits, wrong))
+        unused = {name: held & errors.unused for name, held in to_use(structure, names).items()}
+        blamed = [members for members in classes if any(unused.get(name) for name in members)]
+        failed = {name: why_unused(unused.get(name) or errors.unused) for members in blamed for name in members}
+        return replace(proof, failed=failed, reason="")  # of all others the cut is right, and has been used
+    culprits = _Search(model, structure, cut_of, seed, errors).culprits(classes) or names
+    left = [members for members in classes if not set(members) & set(culprits)]
+    rest = _each_cut(model, structure, cut_of, left, wrong, seed)  # some may fail only together
+    return replace(proof, failed={**dict.fromkeys(culprits, wrong), **rest.failed})
 
 
 def _with_ties(structure: Structure, names: list[str]) -> list[tuple[str, ...]]:

@@ -97,18 +97,13 @@ def _traced(model: nn.Module, inputs: Inputs, leave_out: bool) -> Structure | No
             output = call_with_state(model, state, given)
         if products is not None and products.missed:
             return None
-        results = output_tensors(output)
-        results += _trace_other_paths(model, tracer, state, given, tensors)
-        if not results:
+        if not _freeze_output(tracer, output):
             raise InvalidInputs(
                 f"The model's output ({type(output).__name__}) holds no tensor that secateur can find, so no cut could "
                 "be checked. Return tensors, or tuples, lists, dicts or dataclasses of tensors."
             )
-        for tensor in results:
-            for dim in tracer.dims(tensor):
-                freeze(dim, "output")
-        tracer.keep_order(results, "the output says which unit it is")
-        _freeze_unused(_unused(model, tracer), tracer, tensors)
+        _trace_other_paths(model, tracer, state, given, tensors)
+        _freeze_unused(_unused(model, tracer, state), tracer, tensors)
     return solve(model, tracer, tensors, inputs)
 
 
@@ -139,9 +134,19 @@ def _follow_aliases(
             freeze(dim, f"{name} lies in the memory of {owner}, in another shape")
 
 
-def _unused(model: nn.Module, tracer: Tracer) -> list[str]:
+def _freeze_output(tracer: Tracer, output: Any) -> bool:
+    """Freeze the dims of an output, and say whether there are any."""
+    tensors = output_tensors(output)
+    for tensor in tensors:
+        for dim in tracer.dims(tensor):
+            freeze(dim, "output")
+    tracer.keep_order(tensors, "the output says which unit it is")
+    return bool(tensors)
+
+
+def _unused(model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor]) -> list[str]:
     used = tracer.used | tracer.trained
-    return [name for name, _ in model.named_parameters() if name not in used]
+    return [name for name, _ in model.named_parameters() if tracer.parameter_of[state[name]] not in used]
 
 
 def _trace_other_paths(
@@ -150,45 +155,38 @@ def _trace_other_paths(
     state: Mapping[str, Tensor],
     inputs: Inputs,
     tensors: Mapping[str, list[Dim]],
-) -> list[Tensor]:
-    """Let other runs speak too while parameters are unused, and return their outputs.
+) -> None:
+    """Let other runs speak too while parameters are unused.
 
     Auxiliary heads and mask tokens work in training mode only; where the code looks at values, other inputs and other
     weights may take other branches and other experts.
     """
-    results = []
-    if _unused(model, tracer):
-        results += _trace_again(model, tracer, state, inputs, training=True)
-    without_values = any(parameter.is_meta for parameter in model.parameters())
-    if without_values or not tracer.reads_data:
-        return results
-    for seed in tries(lambda: _unused(model, tracer)):
+    if _unused(model, tracer, state):
+        _trace_again(model, tracer, state, inputs, training=True)
+    if any(parameter.is_meta for parameter in model.parameters()) or not tracer.reads_data:
+        return
+    for seed in tries(lambda: _unused(model, tracer, state)):
         other = dict(state)
         for name, parameter in model.named_parameters():
             other[name] = shuffled(parameter.detach(), seed)
             tracer.set(other[name], tensors[name])
-            tracer.parameter_of[other[name]] = name
-        results += _trace_again(model, tracer, other, redrawn(inputs, seed), training=False)
-    return results
+            tracer.parameter_of[other[name]] = tracer.parameter_of[state[name]]
+        _trace_again(model, tracer, other, redrawn(inputs, seed), training=False)
 
 
-def _trace_again(
-    model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs, training: bool
-) -> list[Tensor]:
+def _trace_again(model: nn.Module, tracer: Tracer, state: Mapping[str, Tensor], inputs: Inputs, training: bool) -> None:
     """Let one more run speak.
 
     What it computes is neither a cost nor a place where units are consumed; if it fails, it says nothing.
     """
     listener = tracer.listener(training)
-    with undisturbed(model):
+    with undisturbed(model), suppress(InvalidInputs):
         model.train(training)
         for tensor in inputs.tensors():
             listener.fresh(tensor, "input")
-        try:
-            with followed(model, listener), FunctionMode(listener), _OperationMode(listener):
-                return output_tensors(call_with_state(model, state, inputs))
-        except InvalidInputs:
-            return []
+        with followed(model, listener), FunctionMode(listener), _OperationMode(listener):
+            output = call_with_state(model, state, inputs)
+        _freeze_output(listener, output)
 
 
 def _freeze_unused(unused: list[str], tracer: Tracer, tensors: Mapping[str, list[Dim]]) -> None:

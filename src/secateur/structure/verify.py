@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.errors import InvalidInputs
 from secateur.structure.dims import Dim, leaves, order_under
 from secateur.structure.draws import FEWEST_DRAWS, draws, noting_use, to_use, why_unused
-from secateur.structure.inputs import call_with_state, relative_error, state_of, undisturbed
+from secateur.structure.inputs import call_with_state, has_entries, relative_error, state_of, undisturbed
 
 if TYPE_CHECKING:
     from secateur.structure.structure import Structure
@@ -39,7 +39,7 @@ class Verification:
         max_error: Largest difference of the outputs, relative to the largest output.
         ok: Whether that is at the level of rounding, and nothing has failed.
         failed: The axes that could not be proved, each with what is wrong with it.
-        reason: Why nothing could be proved, if that does not lie at an axis.
+        reason: Why nothing could be proved, where it is not said of an axis.
     """
 
     max_error: float
@@ -206,54 +206,60 @@ class Outputs:
 
     def __init__(self, model: nn.Module, structure: Structure, seed: int = 0) -> None:
         self.model, self.structure, self.seed = model, structure, seed
-        self._plain: dict[tuple[torch.dtype, int], tuple[Any, set[str]]] = {}
         self._held = to_use(structure, [axis.name for axis in structure.prunable])
         self._to_use = frozenset[str]().union(*self._held.values())
+        self._used: dict[tuple[torch.dtype, int], set[str]] = {}
+        self._kept: dict[tuple[torch.dtype, int], Any] = {}
         self._least = FEWEST_DRAWS
 
     def unreached(self) -> dict[str, str]:
-        """Return the axes of which no draw uses all parameters, each with what is wrong."""
+        """Return the axes with parameters that no draw uses, each with what is wrong."""
         left, dtype = set(self._to_use), proof_dtypes(self.model)[0]
         for i, draw in enumerate(draws(self.structure, self.seed, left, 0)):
             self._least = max(FEWEST_DRAWS, i + 1)  # each group of axes is used by some of these
             with suppress(InvalidInputs):
-                _, used = self._unpermuted(dtype, draw)
-                if i >= FEWEST_DRAWS and not left & used:
-                    self._plain[dtype, draw] = None, set()  # nobody needs the output
-                left -= used
+                left -= self._unpermuted(dtype, draw)[1]
         return {name: why_unused(held & left) for name, held in self._held.items() if held & left}
 
     def error_with(self, names: Sequence[str], dtype: torch.dtype) -> float:
         """Return the relative error of the output when these axes are permuted in every tensor that holds them.
 
-        Infinite if the model does not run, or if no draw has used all of these axes.
+        Infinite if the model does not run, if its output has no entries, or if the draws leave some of these axes
+        unused.
         """
         generator = torch.Generator().manual_seed(self.seed)
         sizes = {name: self.structure.axis(name).size for name in names}
         orders = {self.structure.axis(n).leaf: random_cycle(size, generator) for n, size in sizes.items()}
-        worst, left = 0.0, set[str]().union(*(self._held.get(name, ()) for name in names))
+        errors, left = list[float](), set[str]().union(*(self._held.get(name, ()) for name in names))
         try:
             for i, draw in enumerate(draws(self.structure, self.seed, left, self._least)):
-                expected, used = self._unpermuted(dtype, draw)
-                if i >= FEWEST_DRAWS and not left & used:
+                if i >= FEWEST_DRAWS and not left & self._used.get((dtype, draw), left):
                     continue
-                worst = max(worst, relative_error(self._output(orders, dtype, draw)[0], expected))
+                expected, used = self._unpermuted(dtype, draw)
+                if has_entries(expected) and (i < FEWEST_DRAWS or left & used):
+                    errors.append(relative_error(self._output(orders, dtype, draw)[0], expected))
                 left -= used
         except InvalidInputs:  # code that insists on one dtype
             return float("inf")
-        return float("inf") if left else worst
+        return float("inf") if left else max(errors, default=float("inf"))
 
-    def _unpermuted(self, dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
-        if (dtype, seed) not in self._plain:
-            self._plain[dtype, seed] = self._output({}, dtype, seed)
-        return self._plain[dtype, seed]
+    def _unpermuted(self, dtype: torch.dtype, draw: int) -> tuple[Any, set[str]]:
+        """Return the output and which parameters that must be used have been; the first few are remembered."""
+        if (dtype, draw) in self._kept:
+            return self._kept[dtype, draw], self._used[dtype, draw]
+        output, self._used[dtype, draw] = self._output({}, dtype, draw)
+        if len(self._kept) < 2 * FEWEST_DRAWS:
+            self._kept[dtype, draw] = output
+        return output, self._used[dtype, draw]
 
-    def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, seed: int) -> tuple[Any, set[str]]:
+    def _output(self, orders: Mapping[Dim, Tensor], dtype: torch.dtype, draw: int) -> tuple[Any, set[str]]:
         """Return the output of the model and, if nothing is permuted, which parameters that must be used have been."""
         with undisturbed(self.model):  # drawn anew each time: some models write to their state, or cache what follows
-            state = _permute(redraw(self.model, self.structure, dtype, seed), self.structure, orders)
-            with noting_use(self.model, state, () if orders else self._to_use) as used:
-                return call_with_state(self.model, state, self.structure.inputs.to(dtype)), used
+            state = _permute(redraw(self.model, self.structure, dtype, draw), self.structure, orders)
+            inputs = self.structure.inputs.to(dtype)
+            with noting_use(self.model, state, () if orders else self._to_use, inputs) as used_for:
+                output = call_with_state(self.model, state, inputs)
+                return output, used_for(output)
 
 
 def random_cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -285,7 +291,7 @@ def _decide(
             return Verification(worst, ok=True)
     tolerance = PERMUTATION_TOLERANCE[torch.float64]
     if error([], torch.float64) > tolerance:
-        reason = "with re-drawn parameters the model's output is random, not finite, or not to be had in float64"
+        reason = "with re-drawn parameters the model's output is random, not finite, empty, or not to be had in float64"
         return Verification(worst, ok=False, failed=dict.fromkeys(names, reason), reason=reason)
     culprits = _culprits(names, tolerance, error)
     return Verification(worst, ok=False, failed=dict.fromkeys(culprits, "permuting it changed the output"))
