@@ -100,16 +100,15 @@ class _Uses(TorchDispatchMode):
 
     def used_for(self, output: Any) -> set[str]:
         """Return the names that have been used by the time this output is there; none if it has no entries."""
-        return self._used.union(*map(self._of, output_tensors(output))) if has_entries(output) else set()
+        return self._used | self._followed(output_tensors(output)) if has_entries(output) else set()
 
-    def _of(self, tensor: Tensor) -> set[str]:
-        known: set[str] = self._names.get(tensor, _NONE)
-        return known
+    def _followed(self, tensors: Iterable[Tensor]) -> set[str]:
+        return set[str]().union(*(self._names[tensor] for tensor in tensors if tensor in self._names))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors, results = list(tensors_in((args, kwargs))), list(tensors_in(result))
-        names = set[str]().union(*map(self._of, tensors))
+        names = self._followed(tensors)
         if any(tensor in self._follows_inputs for tensor in tensors):
             self._follows_inputs.update(dict.fromkeys(results, True))
             if any(own.numel() for own in results):
@@ -119,6 +118,3 @@ class _Uses(TorchDispatchMode):
         if not results:  # the code looks at a value
             self._used |= names
         return result
-
-
-_NONE: set[str] = set()
