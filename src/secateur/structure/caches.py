@@ -17,8 +17,8 @@ from torch import nn
 
 from secateur.structure.inputs import modules_of
 
-_NO_MODELS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy"})
-"""Packages whose caches never see a size that a model's code has read."""
+_NO_MODELS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sympy", "secateur"})
+"""Packages whose caches never answer with a size that a model's code has read."""
 
 
 @contextmanager

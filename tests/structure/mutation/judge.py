@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -174,7 +175,7 @@ def _broken(mutant: Mutant, fixture: Fixture) -> sc.Structure | None:
 def _passes(structure: sc.Structure, fixture: Fixture) -> bool:
     try:
         return structure.verify(fixture.model).ok
-    except RuntimeError:  # what makes no sense at all cannot be missed
+    except (RuntimeError, MemoryError):  # what makes no sense at all cannot be missed
         return False
 
 
@@ -248,6 +249,21 @@ def _is_right(structure: sc.Structure, fixture: Fixture, kept: Kept) -> bool:
 
 class _Endless(BaseException):
     """A broken rule does not end; no ``except Exception`` may stop this."""
+
+
+MEMORY = 8 << 30
+"""A network that a broken rule has cut may ask for any amount; more than so many bytes is an error."""
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Let nothing take more memory than `MEMORY`."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-from tests.structure.mutation.judge import CAUGHT, fixtures, verdict
+from tests.structure.mutation.judge import CAUGHT, bounded_memory, fixtures, verdict
 from tests.structure.mutation.mutants import Mutant, all_mutants, executable_lines, rule_files
 
 MISSED = ("silent", "proof")
@@ -28,7 +28,8 @@ HARMLESS = {
 
 
 def verdicts(mutants: Sequence[Mutant]) -> Counter[str]:
-    found = {mutant: verdict(mutant) for mutant in mutants}
+    with bounded_memory():
+        found = {mutant: verdict(mutant) for mutant in mutants}
     missed = [f"{what}: {mutant.name} ({network})" for mutant, (what, network) in found.items() if what in MISSED]
     assert not missed, "\n".join(missed)
     counts = Counter(what for what, _ in found.values())
