@@ -307,3 +307,4 @@ def test_empty_outputs_prove_nothing(looks):
     structure = sc.trace(model, torch.randn(2, 5))
     assert not structure.verify(model).ok
     assert not prove_cut(model, structure, {"a": torch.arange(8) < 4}).ok
+    assert proved_keep(model, structure, {"a": torch.arange(8) < 4})[0].failed.keys() == {"a"}

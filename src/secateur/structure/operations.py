@@ -36,13 +36,6 @@ def rebind(func: Any, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str,
     return args, {a.name: bound[a.name] for a in arguments if a.kwarg_only}
 
 
-@cache
-def returns_view(func: Any) -> bool:
-    """Return whether an operation returns other tensors in the memory of its arguments."""
-    returned = func._schema.returns
-    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
-
-
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors that an operation writes to in place."""
     if not func._schema.is_mutable:

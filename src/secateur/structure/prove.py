@@ -148,9 +148,10 @@ class _Pair:
                 error, used = self._error_on(dtype, draw, left)
             except SecateurError:
                 return float("inf"), frozenset()
-            errors += [] if error is None else [error]
-            if errors and errors[-1] > TOLERANCE[dtype]:
-                return errors[-1], frozenset()
+            if error is not None:
+                errors.append(error)
+                if error > TOLERANCE[dtype]:
+                    return error, frozenset()
             left -= used
         return max(errors, default=float("inf")), frozenset(left & asked)
 
@@ -323,7 +324,8 @@ def _each_cut(
         return proof
     if errors.unused:
         unused = {name: held & errors.unused for name, held in to_use(structure, names).items()}
-        blamed = [members for members in classes if any(unused.get(name) for name in members)]
+        nothing = proof.max_error == float("inf")  # no output had entries
+        blamed = [members for members in classes if nothing or any(unused.get(name) for name in members)]
         failed = {name: why_unused(unused.get(name) or errors.unused) for members in blamed for name in members}
         return replace(proof, failed=failed, reason="")  # of all others the cut is right, and has been used
     culprits = _Search(model, structure, cut_of, seed, errors).culprits(classes) or names
